@@ -1,0 +1,1 @@
+"""What an attention head is and which heads matter for a task."""
