@@ -45,7 +45,9 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
 FEW = ("llama", "llama-mha-bias", "llama-mqa", "qwen3", "gemma3")
 
 
-def tiny_model(name: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object) -> PreTrainedModel:
+def tiny_model(
+    name: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object
+) -> PreTrainedModel:
     """A tiny causal language model in eval mode; `changes` go to its config."""
     config_name, own = ARCHITECTURES[name]
     config_class: Callable = getattr(transformers, config_name)

@@ -17,7 +17,7 @@ class Head(NamedTuple):
     """The address of one query head: its layer and its index within that layer, both counted from 0."""
 
     layer: int
-    index: int
+    head: int
 
 
 class HeadSet(Set, Hashable):
@@ -79,12 +79,11 @@ class HeadSet(Set, Hashable):
             layers (`Mapping[int | str, Iterable[int]]`):
                 For each layer, its heads. Keys may be strings of digits, as JSON makes them.
         """
-        pairs = []
-        for layer, indices in layers.items():
-            if isinstance(layer, str) and layer.isdecimal():
-                layer = int(layer)
-            pairs.extend((layer, index) for index in indices)
-        return cls(pairs)
+        return cls(
+            (int(layer) if isinstance(layer, str) and layer.isdecimal() else layer, head)  # type: ignore[misc]
+            for layer, heads in layers.items()
+            for head in heads
+        )
 
     @classmethod
     def _from_iterable(cls, it: Iterable[Any]) -> HeadSet:
@@ -99,13 +98,13 @@ class HeadSet(Set, Hashable):
     def by_layer(self) -> dict[int, list[int]]:
         """The set as a new dictionary from each layer to the ascending list of its heads."""
         layers: dict[int, list[int]] = {}
-        for layer, index in self._heads:
-            layers.setdefault(layer, []).append(index)
+        for layer, head in self._heads:
+            layers.setdefault(layer, []).append(head)
         return layers
 
     def to_dict(self) -> dict[str, Any]:
         """The set as plain JSON types; [`HeadSet.from_dict`] reads it back."""
-        return {"format": _FORMAT, "heads": {str(layer): indices for layer, indices in self.by_layer().items()}}
+        return {"format": _FORMAT, "heads": {str(layer): heads for layer, heads in self.by_layer().items()}}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> HeadSet:
@@ -115,7 +114,11 @@ class HeadSet(Set, Hashable):
         Raises:
             `ValueError`: if `data` is not a head set.
         """
-        if not isinstance(data, Mapping) or data.get("format") != _FORMAT or not isinstance(data.get("heads"), Mapping):
+        if (
+            not isinstance(data, Mapping)
+            or data.get("format") != _FORMAT
+            or not isinstance(data.get("heads"), Mapping)
+        ):
             raise ValueError(f"`data` is not a head set: expected a mapping with 'format': '{_FORMAT}' and 'heads'.")
         return cls.from_layers(data["heads"])
 

@@ -1,0 +1,61 @@
+"""The `taylor` method: first-order importance of a head's weights, in one forward and backward pass a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from .geometry import ROLES, ModelGeometry
+from .weights import Batch, attention_weights, head_sums, single_rows, unit_sums
+
+
+def taylor_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[Batch], seed: int) -> torch.Tensor:
+    """
+    Sum over samples and over a head's slices of q, k, v and o of |gradient x weight|, the first-order estimate of how
+    the loss changes when a weight is removed (Molchanov et al., 2017, arXiv 1611.06440, applied to heads).
+
+    The gradient is taken sample by sample, so that the scores do not depend on how samples are batched and samples do
+    not cancel one another. A sample's loss is the mean over its tokens that count. Dropout is off; `seed` is not used.
+
+    Args:
+        model (`nn.Module`): Causal language model with floating-point weights.
+        geometry (`ModelGeometry`): Its heads.
+        batches (`Iterable[Batch]`): The samples.
+        seed (`int`): Not used: nothing is random here.
+
+    Returns:
+        `torch.Tensor`: shape (L, H), float64, NaN where there is no head.
+
+    Raises:
+        `ValueError`: if no sample has a token that counts.
+    """
+    weights = attention_weights(model, geometry, "taylor")
+    model.eval()
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    for weight in weights.values():
+        weight.requires_grad = True
+    sums = {
+        (layer, role): torch.zeros(
+            len(attention.units(role).starts), dtype=torch.float64, device=weights[layer, role].device
+        )
+        for layer, attention in geometry.items()
+        for role in ROLES
+    }
+    n_samples = 0
+    for row in single_rows(batches, model):
+        loss = model(**row, use_cache=False).loss
+        # autograd.grad leaves every .grad of the model alone
+        gradients = torch.autograd.grad(loss, list(weights.values()))
+        for (layer, role), gradient in zip(weights, gradients, strict=True):
+            products = (gradient * weights[layer, role].detach()).abs()
+            sums[layer, role] += unit_sums(products, geometry[layer].units(role))
+        n_samples += 1
+    if not n_samples:
+        raise ValueError("`batches` holds no sample with a token that counts (a label other than -100).")
+    scores = torch.full(geometry.shape, torch.nan, dtype=torch.float64)
+    for layer, attention in geometry.items():
+        scores[layer, : attention.n_heads] = head_sums(attention, {role: sums[layer, role] for role in ROLES}).cpu()
+    return scores

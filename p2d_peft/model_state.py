@@ -1,0 +1,48 @@
+"""Leaving a model as it was found: what the stages switch on is put back, also after an exception."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def preserved_state(model: nn.Module) -> Iterator[None]:
+    """
+    Context in which a model's train/eval modes, `requires_grad` flags and the random number generators may be changed;
+    on leaving, also through an exception, all of them are what they were.
+
+    Weights are not saved: whoever changes them puts them back. Hooks belong to whoever adds them, too.
+
+    Args:
+        model (`nn.Module`): The model to watch over.
+    """
+    training = [(module, module.training) for module in model.modules()]
+    requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    devices = sorted({p.device.index for p in model.parameters() if accelerator and p.device.type == accelerator.type})
+    try:
+        with torch.random.fork_rng(devices=devices, device_type=accelerator.type if accelerator else "cuda"):
+            yield
+    finally:
+        # Module.train() and requires_grad_() would also change what lies below, so each is set by itself.
+        for module, mode in training:
+            module.training = mode
+        for parameter, flag in requires_grad:
+            parameter.requires_grad = flag
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """The device on which a model expects its inputs: that of its input embeddings, or of its first parameter."""
+    get_input_embeddings = getattr(model, "get_input_embeddings", None)
+    embeddings = get_input_embeddings() if get_input_embeddings is not None else None
+    return next((model if embeddings is None else embeddings).parameters()).device
+
+
+def model_id(model: nn.Module) -> str | None:
+    """The Hub id or path that a transformers model was loaded from, if it says so."""
+    config = getattr(model, "config", None)
+    return getattr(config, "name_or_path", None) or None

@@ -1,0 +1,30 @@
+import pytest
+import torch
+
+from p2d_peft.model_state import model_device, model_id, preserved_state
+
+from .tiny_models import tiny_model
+
+
+def test_modes_flags_and_random_numbers_come_back_also_after_an_exception():
+    model = tiny_model()
+    model.train()
+    model.model.layers[0].eval()
+    model.lm_head.weight.requires_grad = False
+    expected_next = torch.rand(3, generator=torch.Generator().set_state(torch.get_rng_state()))
+    with pytest.raises(RuntimeError, match="boom"), preserved_state(model):
+        model.eval()
+        model.requires_grad_(True)
+        torch.rand(5)
+        raise RuntimeError("boom")
+    assert model.training and not model.model.layers[0].training and not model.model.layers[0].mlp.training
+    assert not model.lm_head.weight.requires_grad and model.model.norm.weight.requires_grad
+    assert torch.equal(torch.rand(3), expected_next)
+
+
+def test_device_and_id():
+    model = tiny_model()
+    assert model_device(model) == torch.device("cpu") == model_device(torch.nn.Linear(1, 1))
+    assert model_id(model) is None
+    model.config.name_or_path = "org/name"
+    assert model_id(model) == "org/name"
