@@ -5,47 +5,11 @@ import torch
 
 from p2d_peft.heads import HeadSet, ModelGeometry, localize_heads
 
+from ..model_checks import assert_unchanged, mixed_state, snapshot
 from ..tiny_models import ARCHITECTURES, random_batch, tiny_model
 
 
 METHODS = ("proxy", "taylor", "random")
-
-
-def snapshot(model):
-    """Everything of a model that a stage could leave changed."""
-    return {
-        "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
-        "grad": {name: p.grad for name, p in model.named_parameters()},
-        "training": {name: m.training for name, m in model.named_modules()},
-        "hooks": {
-            name: (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
-            for name, m in model.named_modules()
-        },
-        "config": model.config.to_dict(),
-        "attention": model.config._attn_implementation,
-        "rng": torch.get_rng_state(),
-    }
-
-
-def assert_unchanged(model, before):
-    after = snapshot(model)
-    for part in ("weights", "grad"):
-        for name, value in before[part].items():
-            assert (value is None and after[part][name] is None) or torch.equal(value, after[part][name]), (part, name)
-    for part in ("requires_grad", "training", "hooks", "config", "attention"):
-        assert after[part] == before[part], part
-    assert torch.equal(after["rng"], before["rng"])
-
-
-def mixed_state(model):
-    """A model in a state that no stage would leave by accident."""
-    model.train()
-    model.model.layers[1].eval()
-    attention = model.model.layers[0].self_attn
-    attention.q_proj.weight.requires_grad = False
-    attention.k_proj.weight.grad = torch.ones_like(attention.k_proj.weight)
-    return model
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -135,11 +99,10 @@ def test_scores_that_are_no_numbers_are_an_error_not_a_ranking(method):
     model = tiny_model()
     with torch.no_grad():
         model.lm_head.weight[5] = math.nan
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = snapshot(model)
     with pytest.raises(ValueError, match="gave no finite score for 12 of 12 heads"):
         localize_heads(model, [random_batch()], method=method)
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
+    assert_unchanged(model, before)
 
 
 def test_meta_weights_are_refused_before_any_pass():

@@ -29,7 +29,7 @@ def test_per_layer_spreads_the_choice():
     table = scores([[4.0, 3.0], [2.0, 1.0]])
     assert table.top(0.5) == HeadSet([(0, 0), (0, 1)])
     assert table.top(0.5, per_layer=1) == HeadSet([(0, 0), (1, 0)])
-    with pytest.raises(ValueError, match="`per_layer`=1 leaves 2 heads, but `ratio`=0.75 asks for 3 of 4"):
+    with pytest.raises(ValueError, match=r"`per_layer`=1 leaves 2 heads, but `ratio`=0\.75 asks for 3 of 4"):
         table.top(0.75, per_layer=1)
 
 

@@ -1,0 +1,113 @@
+"""The attention that selected heads pay, observed through transformers' own `AttentionInterface`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from ..heads import HeadSet, ModelGeometry
+
+
+IMPLEMENTATION = "p2d_observed_sdpa"
+# (layer, weights of shape (B, heads of the layer, queries, keys) in float32) -> None
+Observer: TypeAlias = Callable[[int, torch.Tensor], None]
+
+_observed: WeakKeyDictionary[nn.Module, Callable[..., None]] = WeakKeyDictionary()
+
+
+def _observed_sdpa(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """SDPA, which also shows the weights of a module's selected heads to its observer, if it has one."""
+    if kwargs.get("s_aux") is not None:
+        raise ValueError(f"The attention of {type(module).__name__} has sinks, which SDPA cannot compute.")
+    if module in _observed:
+        _observed[module](query, key, attention_mask, scaling)
+    output: tuple[torch.Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, **kwargs
+    )
+    return output
+
+
+AttentionInterface.register(IMPLEMENTATION, _observed_sdpa)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+@contextmanager
+def observed_attention(model: nn.Module, heads: HeadSet, n_queries: int, observer: Observer) -> Iterator[None]:
+    """
+    Context in which every forward pass shows the attention weights of the given heads to an observer.
+
+    All heads go through SDPA as usual; the weights of the selected heads are computed beside it, for the last
+    `n_queries` positions only. The model's own attention implementation is put back on leaving.
+
+    Args:
+        model (`nn.Module`): A transformers model, or a `PeftModel` around one.
+        heads (`HeadSet`): The heads to observe.
+        n_queries (`int`): How many positions at the end of the sequence to observe.
+        observer (`Callable`): Called once for each layer with such heads, in the order of the layers, with the layer
+            and the weights of shape (B, heads of the layer, n_queries, keys), float32.
+
+    Raises:
+        `ValueError`: if the model has no exchangeable attention implementation.
+    """
+    transformer = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if transformer is None or not transformer._can_set_attn_implementation():
+        raise ValueError(
+            f"The attention implementation of `model` ({type(transformer or model).__name__}) cannot be exchanged; "
+            "use a scorer that needs no attention weights, such as 'affinity'."
+        )
+    geometry = ModelGeometry.of(model)
+    original = transformer.config._attn_implementation
+    try:
+        for layer, chosen in geometry.check(heads).by_layer().items():
+            groups = [geometry[layer].group(head) for head in chosen]
+            _observed[model.get_submodule(geometry[layer].name)] = _observer_of(
+                layer, chosen, groups, n_queries, observer
+            )
+        transformer.set_attn_implementation(IMPLEMENTATION)
+        yield
+    finally:
+        transformer.set_attn_implementation(original)
+        for layer in heads.layers:
+            _observed.pop(model.get_submodule(geometry[layer].name), None)
+
+
+def _observer_of(
+    layer: int, heads: list[int], groups: list[int], n_queries: int, observer: Observer
+) -> Callable[..., None]:
+    def observe(
+        query_BHTD: torch.Tensor,
+        key_BGSD: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None,
+    ) -> None:
+        query = query_BHTD[:, heads, -n_queries:].float()
+        key = key_BGSD[:, groups].float()
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        logits = query @ key.transpose(-1, -2) * scale
+        n, n_keys = logits.shape[-2:]
+        if attention_mask is None:  # SDPA's is_causal
+            mask = torch.ones(n_keys, n_keys, dtype=torch.bool, device=logits.device).tril()[-n:]
+        else:
+            mask = attention_mask[:, :, -n:, :n_keys]
+        # The least finite number rather than -inf: a padded position may attend to nothing, and NaN would spread.
+        least = torch.finfo(logits.dtype).min
+        logits = logits.masked_fill(~mask, least) if mask.dtype == torch.bool else logits + mask.float()
+        observer(layer, torch.softmax(logits, dim=-1))
+
+    return observe

@@ -1,0 +1,158 @@
+"""From rows of a dataset to token ids and labels, exactly as `SFTTrainer` makes them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import tqdm
+from trl import SFTConfig, SFTTrainer
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+
+_ROW = "p2d_row"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """
+    Tokenized samples.
+
+    Args:
+        rows (`list[int]`): For each sample, its row in the dataset it came from, ascending.
+        input_ids (`list[list[int]]`): For each sample, its token ids.
+        labels (`list[list[int]]`): For each sample, the ids again, -100 on tokens that do not count.
+        n_rows (`int`): Number of rows of the dataset. Rows that are no sample have no token that counts, because they
+            are empty, masked throughout, or cut off before their completion.
+        pad_token_id (`int`): What to pad batches with.
+    """
+
+    rows: list[int]
+    input_ids: list[list[int]]
+    labels: list[list[int]]
+    n_rows: int
+    pad_token_id: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batches(
+        self, batch_size: int, device: torch.device, desc: str | None = None
+    ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+        """
+        Batches of samples of similar length, the longest first, so that a lack of memory shows at once.
+
+        Args:
+            batch_size (`int`): Samples a batch; the last batch may hold fewer.
+            device (`torch.device`): Where the tensors go.
+            desc (`str`, *optional*): Name of the progress bar; no bar without one.
+
+        Yields:
+            `tuple[list[int], dict[str, torch.Tensor]]`: the positions of the batch's samples in `rows`, and their
+            `input_ids`, `attention_mask` and `labels` of shape (B, T), int64, padded on the right.
+        """
+        collate = DataCollatorForLanguageModeling(pad_token_id=self.pad_token_id)
+        order = sorted(range(len(self)), key=lambda index: -len(self.input_ids[index]))
+        with tqdm(total=len(self), desc=desc, unit="row", disable=desc is None) as progress:
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                batch = collate([{"input_ids": self.input_ids[i], "labels": self.labels[i]} for i in chosen])
+                yield chosen, {key: value.to(device) for key, value in batch.items()}
+                progress.update(len(chosen))
+
+
+def prepare_samples(
+    dataset: Dataset,
+    processing_class: PreTrainedTokenizerBase,
+    args: SFTConfig,
+    formatting_func: Callable[[dict[str, Any]], str] | None = None,
+    name: str = "pool",
+) -> Samples:
+    """
+    Tokenize a dataset of any type that `SFTTrainer` takes, truncate it and mask what does not count in the loss.
+
+    Args:
+        dataset (`Dataset`): Language modeling or prompt-completion, plain or conversational, or pre-tokenized.
+        processing_class (`PreTrainedTokenizerBase`): The tokenizer; it is not changed.
+        args (`SFTConfig`): Of it the fields that say how data is prepared: `dataset_text_field`, `max_length`,
+            `truncation_mode`, `completion_only_loss`, `assistant_only_loss`, `eos_token`, `dataset_num_proc`.
+        formatting_func (`Callable`, *optional*): As in `SFTTrainer`: from a row to its text.
+        name (`str`, *optional*, defaults to `"pool"`): What to call the dataset in progress bars and errors.
+
+    Raises:
+        `TypeError`: if `dataset` or `processing_class` is of another type.
+        `ValueError`: if the dataset is empty or has none of the columns above.
+    """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"`{name}` must be a `datasets.Dataset`, got {type(dataset).__name__}.")
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"`processing_class` must be a tokenizer (`PreTrainedTokenizerBase`), got {type(processing_class).__name__}."
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"`{name}` has no rows.")
+    known = {args.dataset_text_field, "messages", "conversations", "prompt", "input_ids"}
+    if formatting_func is None and not known & set(dataset.column_names):
+        raise ValueError(
+            f"`{name}` has the columns {dataset.column_names}; SFTTrainer needs one of {sorted(known)}, or a "
+            "`formatting_func`."
+        )
+    preparer = _Preparer(processing_class, args, dataset[0])
+    numbered = dataset.remove_columns([c for c in dataset.column_names if c == _ROW]).add_column(
+        _ROW, list(range(len(dataset)))
+    )
+    prepared = preparer.prepare(numbered, formatting_func, name)
+    prepared = prepared.select_columns([_ROW, "input_ids", "labels"]).with_format(None)[:]
+    # a label counts if it is predicted, which the first token's is not
+    kept = [i for i, labels in enumerate(prepared["labels"]) if any(label != -100 for label in labels[1:])]
+    pad, eos = preparer.tokenizer.pad_token_id, preparer.tokenizer.eos_token_id
+    return Samples(
+        rows=[prepared[_ROW][i] for i in kept],
+        input_ids=[prepared["input_ids"][i] for i in kept],
+        labels=[prepared["labels"][i] for i in kept],
+        n_rows=len(dataset),
+        pad_token_id=pad if pad is not None else eos if eos is not None else 0,  # masked, so any id will do
+    )
+
+
+class _Preparer(SFTTrainer):
+    """
+    `SFTTrainer`'s dataset preparation without a model or a trainer.
+
+    TRL offers it only as a method of a whole trainer. It is inherited rather than written again, because the rows that
+    are scored must be the rows that will be trained on, to the token. A test holds it against a real `SFTTrainer`.
+    """
+
+    def __init__(self, processing_class: PreTrainedTokenizerBase, args: SFTConfig, sample: dict[str, Any]) -> None:
+        # SFTTrainer.__init__ is left out on purpose; these are the attributes that _prepare_dataset reads.
+        if args.chat_template_path is not None:
+            raise ValueError(
+                "`args.chat_template_path` may add tokens to the model, which only a trainer can do. Set "
+                "`processing_class.chat_template` instead."
+            )
+        self._args = copy.copy(args)
+        self._args.shuffle_dataset = False  # rows keep their order
+        self._tokenizer = processing_class
+        if args.eos_token is not None:
+            self._tokenizer = copy.deepcopy(processing_class)
+            self._tokenizer.eos_token = args.eos_token
+        self.chat_template = None
+        if args.assistant_only_loss and not has_generation_markers(processing_class.chat_template):
+            self.chat_template = get_training_chat_template(processing_class)
+        is_prompt_completion = "prompt" in sample and "completion" in sample
+        self.completion_only_loss = (
+            is_prompt_completion if args.completion_only_loss is None else args.completion_only_loss
+        )
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer
+
+    def prepare(self, dataset: Dataset, formatting_func: Callable[[dict[str, Any]], str] | None, name: str) -> Dataset:
+        return self._prepare_dataset(dataset, self._tokenizer, self._args, False, formatting_func, name)

@@ -1,0 +1,101 @@
+"""`P2DConfig`: the arguments of `P2DTrainer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+from trl import SFTConfig
+
+
+# Optional[...] rather than X | None: HfArgumentParser reads these annotations.
+@dataclass
+class P2DConfig(SFTConfig):
+    r"""
+    Configuration of [`P2DTrainer`]: all of [`~trl.SFTConfig`] with its defaults, and what is P2D's own.
+
+    Parameters:
+        p2d (`bool`, *optional*, defaults to `True`):
+            Whether to localize and select. `False` makes the trainer an `SFTTrainer`.
+        head_ratio (`float`, *optional*, defaults to `0.1`):
+            Share of the attention heads to select, in (0, 1]. The paper takes 10 %.
+        heads_per_layer (`int`, *optional*):
+            Select at most so many heads of one layer. By default the ranking is global.
+        localize_method (`str`, *optional*, defaults to `"proxy"`):
+            How heads are found: `"proxy"`, `"taylor"` or `"random"`; see [`localize_heads`].
+        data_ratio (`float`, *optional*, defaults to `0.1`):
+            Share of the rows of `train_dataset` to train on, in (0, 1]. The paper takes 10 %.
+        scorer (`str`, *optional*, defaults to `"affinity"`):
+            How rows are scored: `"affinity"`, `"icl"`, `"perplexity"` or `"random"`; see [`P2DDataSelector`].
+        target_samples (`int`, *optional*, defaults to `100`):
+            How many samples of the task localizing and selecting look at: at most so many of `target_dataset`, or, where
+            there is none, so many rows drawn from `train_dataset`.
+        reference_seconds (`float`, *optional*):
+            Measured seconds of full-parameter SFT on the whole of `train_dataset` for the same epochs, if you have them.
+        reference_steps (`int`, *optional*, defaults to `3`):
+            Without `reference_seconds`: how many steps of full fine-tuning to time for an estimate, after one to warm
+            up. They need the memory of full fine-tuning and leave the model as it was. 0: no estimate, no AER.
+    """
+
+    p2d: bool = field(
+        default=True,
+        metadata={"help": "Whether to localize and select. False makes the trainer an SFTTrainer."},
+    )
+    head_ratio: float = field(
+        default=0.1,
+        metadata={"help": "Share of the attention heads to select, in (0, 1]. The paper takes 10 %%."},
+    )
+    heads_per_layer: Optional[int] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "Select at most so many heads of one layer. By default the ranking is global."},
+    )
+    localize_method: str = field(
+        default="proxy",
+        metadata={"help": "How heads are found.", "choices": ["proxy", "taylor", "random"]},
+    )
+    data_ratio: float = field(
+        default=0.1,
+        metadata={"help": "Share of the rows of `train_dataset` to train on, in (0, 1]. The paper takes 10 %%."},
+    )
+    scorer: str = field(
+        default="affinity",
+        metadata={"help": "How rows are scored.", "choices": ["affinity", "icl", "perplexity", "random"]},
+    )
+    target_samples: int = field(
+        default=100,
+        metadata={
+            "help": "How many samples of the task localizing and selecting look at: at most so many of "
+            "`target_dataset`, or, where there is none, so many rows drawn from `train_dataset`."
+        },
+    )
+    reference_seconds: Optional[float] = field(  # noqa: UP045
+        default=None,
+        metadata={
+            "help": "Measured seconds of full-parameter SFT on the whole of `train_dataset` for the same epochs."
+        },
+    )
+    reference_steps: int = field(
+        default=3,
+        metadata={
+            "help": "Without `reference_seconds`: how many steps of full fine-tuning to time for an estimate, after "
+            "one to warm up. They need the memory of full fine-tuning. 0: no estimate, no AER."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("head_ratio", "data_ratio"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must be in (0, 1], got {getattr(self, name)}.")
+        if self.heads_per_layer is not None and self.heads_per_layer < 1:
+            raise ValueError(f"`heads_per_layer` must be at least 1, got {self.heads_per_layer}.")
+        for name in ("localize_method", "scorer"):
+            choices = self.__dataclass_fields__[name].metadata["choices"]
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+        if self.target_samples < 1:
+            raise ValueError(f"`target_samples` must be at least 1, got {self.target_samples}.")
+        if self.reference_seconds is not None and not self.reference_seconds > 0:
+            raise ValueError(f"`reference_seconds` must be positive, got {self.reference_seconds}.")
+        if self.reference_steps < 0:
+            raise ValueError(f"`reference_steps` must be at least 0, got {self.reference_steps}.")
+        super().__post_init__()

@@ -1,0 +1,73 @@
+"""What a checkpoint keeps of localizing and selecting, so that a resumed run does neither again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..efficiency import Reference
+from ..files import read_json, write_json
+from ..heads import HeadSet
+
+
+STATE_NAME = "p2d_state.json"
+_FORMAT = "p2d_peft.P2DState"
+
+
+@dataclass
+class P2DState:
+    """
+    The choices of a run.
+
+    Args:
+        heads (`HeadSet`, *optional*): The selected heads; None if none were needed.
+        localize_method (`str`, *optional*): How they were found; None if they were given.
+        rows (`list[int]`): The selected rows of the pool, ascending.
+        scores (`list[float]`): Their scores.
+        pool_rows (`int`): Rows of the pool.
+        pool_tokens (`int`): Tokens of the pool.
+        reference (`Reference`, *optional*): The reference, if there is one.
+    """
+
+    heads: HeadSet | None
+    localize_method: str | None
+    rows: list[int]
+    scores: list[float]
+    pool_rows: int
+    pool_tokens: int
+    reference: Reference | None
+
+    def save(self, folder: str | Path, stage_seconds: Mapping[str, float]) -> None:
+        """Write the state and the seconds of the stages so far into a checkpoint's folder."""
+        data = {
+            "format": _FORMAT,
+            **vars(self),
+            "heads": self.heads and self.heads.to_dict(),
+            "reference": self.reference and asdict(self.reference),
+            "stage_seconds": dict(stage_seconds),
+        }
+        write_json(Path(folder) / STATE_NAME, data)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> tuple[P2DState, dict[str, float]]:
+        """
+        Read what [`P2DState.save`] wrote.
+
+        Raises:
+            `ValueError`: if the folder holds no such state.
+        """
+        path = Path(folder) / STATE_NAME
+        if not path.is_file():
+            raise ValueError(
+                f"`resume_from_checkpoint`='{folder}' has no {STATE_NAME}: P2DTrainer did not write this checkpoint. "
+                "Resume with the trainer that did, or start anew."
+            )
+        data: Any = read_json(path)
+        if not isinstance(data, Mapping) or data.get("format") != _FORMAT:
+            raise ValueError(f"'{path}' is not the state of a P2D run.")
+        fields = {key: value for key, value in data.items() if key not in ("format", "stage_seconds")}
+        fields["heads"] = None if fields["heads"] is None else HeadSet.from_dict(fields["heads"])
+        fields["reference"] = None if fields["reference"] is None else Reference(**fields["reference"])
+        return cls(**fields), dict(data["stage_seconds"])

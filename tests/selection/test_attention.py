@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from p2d_peft.heads import HeadSet
+from p2d_peft.selection.attention import observed_attention
+
+from ..model_checks import assert_unchanged, mixed_state, snapshot
+from ..tiny_models import ARCHITECTURES, random_batch, tiny_model
+
+
+HEADS = HeadSet([(0, 1), (2, 0), (2, 3)])
+# eager attention of Gemma 2 caps its logits, which SDPA cannot
+SDPA = [name for name in ARCHITECTURES if name != "gemma2"]
+
+
+@pytest.mark.parametrize("name", SDPA)
+def test_observes_what_eager_attention_computes(name):
+    batch = random_batch(tokens=13, padding=3)
+    eager = tiny_model(name, attn_implementation="eager")
+    model = tiny_model(name)
+    seen = {}
+    with torch.no_grad():
+        expected = eager(**batch, output_attentions=True)
+        plain = model(**batch).logits
+        with observed_attention(model, HEADS, 5, lambda layer, weights: seen.update({layer: weights})):
+            observed = model(**batch).logits
+    assert seen.keys() == {0, 2}
+    torch.testing.assert_close(observed, plain, rtol=0, atol=0)
+    for layer, heads in HEADS.by_layer().items():
+        # rows of padding attend to nothing that counts, and implementations differ in them
+        for row, kept in ((0, slice(8, 13)), (1, slice(8, 10))):
+            torch.testing.assert_close(
+                seen[layer][row, :, : kept.stop - 8],
+                expected.attentions[layer][row, heads][:, kept],
+                rtol=1e-4,
+                atol=1e-5,
+            )
+
+
+def test_the_attention_implementation_comes_back_also_after_an_exception():
+    for implementation in ("sdpa", "eager"):
+        model = mixed_state(tiny_model(attn_implementation=implementation))
+        before = snapshot(model)
+        assert before["attention"] == implementation
+        with observed_attention(model, HEADS, 1, lambda *_: None):
+            assert model.config._attn_implementation != implementation
+            model(**random_batch())
+        assert_unchanged(model, before)
+        with pytest.raises(ZeroDivisionError), observed_attention(model, HEADS, 1, lambda *_: 1 / 0):
+            model(**random_batch())
+        assert_unchanged(model, before)
+
+
+def test_a_model_without_exchangeable_attention_is_refused():
+    with (
+        pytest.raises(ValueError, match=r"cannot be exchanged; use a scorer that needs no attention weights"),
+        observed_attention(torch.nn.Linear(1, 1), HEADS, 1, lambda *_: None),
+    ):
+        pass

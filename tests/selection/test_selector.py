@@ -1,0 +1,241 @@
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from trl import SFTConfig
+
+from p2d_peft.heads import HeadSet
+from p2d_peft.selection import P2DDataSelector
+
+from ..model_checks import assert_unchanged, mixed_state, snapshot
+from ..tiny_data import KINDS, prompt_completion, rows, text
+from ..tiny_models import ARCHITECTURES, FEW, tiny_model, tiny_tokenizer
+
+
+HEADS = HeadSet([(0, 1), (1, 0), (1, 3)])
+SCORERS = ("affinity", "icl", "perplexity", "random")
+
+
+def selector(model=None, scorer="affinity", target=None, **kwargs):
+    return P2DDataSelector(
+        tiny_model() if model is None else model,
+        tiny_tokenizer(),
+        heads=HEADS,
+        target=prompt_completion(4, seed=1) if target is None else target,
+        scorer=scorer,
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_selects_from_all_that_sft_trainer_takes(kind, scorer):
+    pool = KINDS[kind]()
+    selected = selector(scorer=scorer, target=KINDS[kind](4, seed=1), ratio=0.25).select(pool)
+    assert len(selected) == 6
+    assert selected.column_names == [*pool.column_names, "p2d_score"]
+    scores = selector(scorer=scorer, target=KINDS[kind](4, seed=1)).score(pool)
+    assert scores.shape == (24,) and scores.dtype == torch.float64
+    best = sorted(sorted(range(24), key=lambda row: -scores[row])[:6])
+    assert selected.remove_columns("p2d_score").to_list() == pool.select(best).to_list()
+    assert selected["p2d_score"][:] == scores[best].tolist()
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "gemma2"])
+def test_works_on_every_architecture_and_leaves_the_model_alone(name, scorer):
+    # a window that reaches back to the demonstrations of `icl`
+    model = mixed_state(tiny_model(name, sliding_window=256))
+    before = snapshot(model)
+    scores = selector(model, scorer=scorer).score(prompt_completion())
+    assert_unchanged(model, before)
+    assert scores.isfinite().all() and len(scores.unique()) > 12
+
+
+@pytest.mark.parametrize("scorer", ["affinity", "icl", "perplexity"])
+def test_the_model_is_left_alone_when_a_pass_raises(scorer):
+    model = mixed_state(tiny_model())
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) > 2:
+            raise RuntimeError("boom")
+
+    handle = model.model.layers[1].self_attn.o_proj.register_forward_hook(fail)
+    handle_of_first = model.model.layers[0].register_forward_hook(fail)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="boom"):
+        selector(model, scorer=scorer).score(prompt_completion())
+    assert_unchanged(model, before)
+    handle.remove()
+    handle_of_first.remove()
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_the_same_seed_gives_the_same_rows(scorer):
+    a, b = (selector(scorer=scorer, seed=3).select(prompt_completion()).to_list() for _ in range(2))
+    assert a == b
+
+
+def test_another_seed_gives_other_random_rows():
+    a, b = (selector(scorer="random", seed=seed, ratio=0.5).select(text())["text"][:] for seed in (0, 1))
+    assert a != b
+
+
+@pytest.mark.parametrize("scorer", ["affinity", "perplexity"])
+def test_scores_do_not_depend_on_the_batch_size(scorer):
+    scores = [selector(scorer=scorer, batch_size=size).score(prompt_completion()) for size in (1, 7)]
+    torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_affinity_of_the_target_with_itself_is_maximal(name):
+    """A target of one sample has the affinity 1 with itself, which nothing exceeds."""
+    pool = prompt_completion()
+    for row in (0, 7):
+        scores = selector(tiny_model(name), target=pool.select([row])).score(pool)
+        assert scores.argmax() == row and scores[row] == pytest.approx(1, abs=1e-5)
+        assert scores.max() <= 1 + 1e-5 and scores.min() >= -1 - 1e-5
+
+
+def test_affinity_looks_at_nothing_but_the_selected_heads():
+    pool, before, after = prompt_completion(), tiny_model("llama-mha-bias"), tiny_model("llama-mha-bias")
+    attention = after.model.layers[1].self_attn
+    with torch.no_grad():
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+            projection.weight[12:36] += 1  # heads 1 and 2 of layer 1, D = 12; selected are 0 and 3
+    args = {"target": prompt_completion(4, seed=1)}
+    assert torch.equal(selector(before, **args).score(pool), selector(after, **args).score(pool))
+    with torch.no_grad():
+        attention.v_proj.weight[:12] += torch.randn(12, 48)
+    assert not torch.equal(selector(before, **args).score(pool), selector(after, **args).score(pool))
+
+
+def test_perplexity_is_the_models_own_loss():
+    model, pool = tiny_model(), prompt_completion(5)
+    scores = selector(model, scorer="perplexity").score(pool)
+    tokenizer = tiny_tokenizer()
+    for row, score in zip(pool, scores, strict=True):
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        ids = torch.tensor([tokenizer(row["prompt"] + row["completion"] + "</s>")["input_ids"]])
+        labels = ids.clone()
+        labels[:, : len(prompt)] = -100
+        with torch.no_grad():
+            assert model(input_ids=ids, labels=labels).loss.item() == pytest.approx(score.item(), rel=1e-5)
+
+
+def test_icl_equals_the_definition_with_whole_prompts_and_eager_attention():
+    """Against one plain forward pass a query over the whole prompt, with all attention weights at hand."""
+    pool, target = prompt_completion(8), prompt_completion(3, seed=1)
+    scores = selector(scorer="icl", target=target, seed=5).score(pool)
+
+    tokenizer, eager = tiny_tokenizer(), tiny_model(attn_implementation="eager")
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(5)).tolist()  # one group of all 8 rows
+
+    def ids(row):
+        return tokenizer(row["prompt"] + row["completion"] + "</s>")["input_ids"]
+
+    demonstrations = [ids(pool[row]) for row in order]
+    prompt = [token for demonstration in demonstrations for token in demonstration]
+    expected = torch.zeros(8, dtype=torch.float64)
+    for query in target:
+        answer_from = len(prompt) + len(tokenizer(query["prompt"])["input_ids"])
+        whole = torch.tensor([prompt + ids(query)])
+        with torch.no_grad():
+            output = eager(input_ids=whole, output_attentions=True)
+        predicting = range(answer_from - 1, whole.shape[1] - 1)
+        log_probs = output.logits.log_softmax(-1)[0, predicting].gather(1, whole[0, answer_from:, None])
+        quality = log_probs.mean().exp()
+        start = 0
+        for row, demonstration in zip(order, demonstrations, strict=True):
+            paid = torch.stack(
+                [
+                    output.attentions[layer][0, head, predicting, start : start + len(demonstration)].sum(-1).mean()
+                    for layer, head in HEADS
+                ]
+            ).mean()
+            expected[row] += quality * paid / len(demonstration) / len(target)
+            start += len(demonstration)
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=0)
+
+
+def test_ties_go_to_the_lower_row_and_count_is_exact():
+    chosen = selector(ratio=0.5).choose(torch.tensor([1.0, 2.0, 1.0, 1.0, 0.0]))
+    assert chosen == [0, 1]
+    assert selector(num_samples=3).choose(torch.tensor([1.0, math.nan, 1.0, 0.0])) == [0, 2, 3]
+    assert selector(ratio=1e-9).choose(torch.zeros(5)) == [0]
+
+
+def test_rows_without_a_counted_token_are_named_and_never_taken(caplog):
+    made = rows(6)
+    made[1]["prompt"] = made[4]["prompt"] = "x" * 60
+    args = SFTConfig(bf16=False, report_to="none", max_length=40)
+    scorer = selector(scorer="perplexity", ratio=1.0, args=args)
+    pool = Dataset.from_list(made)
+    with caplog.at_level("WARNING", logger="p2d_peft"):
+        assert scorer.score(pool).isnan().nonzero().flatten().tolist() == [1, 4]
+        assert len(scorer.select(pool)) == 4
+    assert "2 of 6 rows of the pool have no token that counts and will not be selected: rows 1, 4." in caplog.text
+
+
+def test_heads_that_see_no_demonstration_are_reported(caplog):
+    model = tiny_model("mistral", sliding_window=4)
+    with caplog.at_level("WARNING", logger="p2d_peft"):
+        assert (selector(model, scorer="icl").score(prompt_completion()) == 0).all()
+    assert "gave all 24 rows the same score" in caplog.text
+
+
+def test_an_earlier_score_is_replaced():
+    once = selector(scorer="random", ratio=0.5).select(text())
+    twice = selector(scorer="perplexity", ratio=0.5).select(once)
+    assert twice.column_names == ["text", "p2d_score"] and len(twice) == 6
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"scorer": "magic"}, r"`scorer` must be one of 'affinity', 'icl', 'perplexity', 'random', got 'magic'"),
+        ({"ratio": 0.1, "num_samples": 3}, r"`ratio` or `num_samples`, not both; got 0\.1 and 3"),
+        ({"ratio": 0}, r"`ratio` must be in \(0, 1\], got 0"),
+        ({"ratio": 1.5}, r"`ratio` must be in \(0, 1\], got 1\.5"),
+        ({"num_samples": 0}, "`num_samples` must be at least 1, got 0"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        selector(**kwargs)
+
+
+def test_missing_heads_and_targets_are_named():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    with pytest.raises(ValueError, match="`scorer`='affinity' needs `heads`"):
+        P2DDataSelector(model, tokenizer, target=text())
+    with pytest.raises(ValueError, match="`scorer`='icl' needs `target`"):
+        P2DDataSelector(model, tokenizer, heads=HEADS, scorer="icl")
+    with pytest.raises(ValueError, match=r"\(7, 0\), but layer 7 has no heads"):
+        P2DDataSelector(model, tokenizer, heads=HeadSet([(7, 0)]), target=text())
+    assert len(P2DDataSelector(model, tokenizer, scorer="random").select(text())) == 2
+
+
+def test_too_many_rows_and_nothing_to_learn_are_errors_before_any_pass():
+    model = tiny_model()
+    model.forward = None  # any pass would fail
+    with pytest.raises(ValueError, match="`num_samples`=25 is more than the 24 rows of the pool"):
+        selector(model, num_samples=25).select(text())
+    args = SFTConfig(bf16=False, report_to="none", max_length=3)
+    with pytest.raises(ValueError, match=r"No row of `pool` has a token that counts.*`max_length`=3"):
+        selector(model, args=args).select(prompt_completion())
+
+
+@pytest.mark.parametrize("scorer", ["affinity", "icl", "perplexity"])
+def test_scores_that_are_no_numbers_are_an_error_with_row_numbers(scorer):
+    model = tiny_model()
+    letter = tiny_tokenizer().convert_tokens_to_ids("q")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[letter] = math.nan
+    pool = Dataset.from_list([{"text": "abc"}, {"text": "qqq"}, {"text": "abd"}])
+    with pytest.raises(ValueError, match=r"gave no finite score to \d of 3 rows of the pool: rows"):
+        selector(model, scorer=scorer, target=text(3)).score(pool)
