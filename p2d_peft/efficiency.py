@@ -66,10 +66,21 @@ class StageClock:
             self._seconds[name] = self.seconds[name]
             del self._running[name]
 
-    def add(self, seconds: Mapping[str, float]) -> None:
-        """Charge the seconds of an earlier process."""
-        for name, value in seconds.items():
-            self._seconds[name] = self._seconds.get(name, 0.0) + value
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Context that is charged to no stage, whatever stage is running."""
+        _synchronize()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            _synchronize()
+            pause = time.perf_counter() - start
+            self._running = {name: started + pause for name, started in self._running.items()}
+
+    def set(self, seconds: Mapping[str, float]) -> None:
+        """Start from the seconds of an earlier run, in place of what was charged so far."""
+        self._seconds = dict(seconds)
 
     @property
     def seconds(self) -> dict[str, float]:

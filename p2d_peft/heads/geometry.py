@@ -48,8 +48,8 @@ class Units:
 
     def indices(self, units: Iterable[int]) -> torch.Tensor:
         """The rows or columns of the given units: an int64 tensor of shape (len(units) * size,), in ascending order."""
-        starts = sorted(self.starts[unit] for unit in units)
-        return (torch.tensor(starts)[:, None] + torch.arange(self.size)).flatten()
+        starts = torch.tensor(sorted(self.starts[unit] for unit in units), device="cpu")
+        return (starts[:, None] + torch.arange(self.size, device="cpu")).flatten()
 
 
 @dataclass(frozen=True)

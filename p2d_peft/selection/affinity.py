@@ -39,7 +39,8 @@ def _features(context: ScoringContext, samples: Samples, desc: str) -> torch.Ten
             labels = batch.pop("labels")
             outputs_BTHD = head_outputs(batch).float()
             predicts_BT = functional.pad(labels[:, 1:] != -100, (0, 1)).to(outputs_BTHD)
-            pooled_BHD = torch.einsum("bthd,bt->bhd", outputs_BTHD, predicts_BT)
+            with torch.autocast(context.device.type, enabled=False):  # sums of many tokens want their digits
+                pooled_BHD = torch.einsum("bthd,bt->bhd", outputs_BTHD, predicts_BT)
             pooled = functional.normalize(pooled_BHD, dim=-1).flatten(1).cpu()
             if features is None:
                 features = torch.empty(len(samples), pooled.shape[1])

@@ -99,7 +99,8 @@ def _observer_of(
         query = query_BHTD[:, heads, -n_queries:].float()
         key = key_BGSD[:, groups].float()
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        logits = query @ key.transpose(-1, -2) * scale
+        with torch.autocast(query.device.type, enabled=False):
+            logits = query @ key.transpose(-1, -2) * scale
         n, n_keys = logits.shape[-2:]
         if attention_mask is None:  # SDPA's is_causal
             mask = torch.ones(n_keys, n_keys, dtype=torch.bool, device=logits.device).tril()[-n:]

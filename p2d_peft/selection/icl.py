@@ -90,9 +90,9 @@ def _score_group(context: ScoringContext, group: list[int], asked: list[int]) ->
         attention_BHTN = torch.cat(
             [part.to(device) for part in attention_to_demonstrations], dim=1
         )  # N demonstrations, H all selected heads
-        paid_BN = torch.einsum("bhtn,bt->bn", attention_BHTN, predicts_BT.to(attention_BHTN)) / (
-            attention_BHTN.shape[1] * n_answer[:, None]
-        )
+        with torch.autocast(device.type, enabled=False):
+            paid_BN = torch.einsum("bhtn,bt->bn", attention_BHTN, predicts_BT.to(attention_BHTN))
+        paid_BN /= attention_BHTN.shape[1] * n_answer[:, None]
         total += (quality_B[:, None] * paid_BN).sum(0).cpu() / torch.tensor(lengths)
     return total / len(asked)
 

@@ -196,10 +196,7 @@ class P2DDataSelector:
         self._count(len(pool))  # before the expensive part
         scores = self.score(pool)
         rows = self.choose(scores)
-        selected = pool.select(rows)
-        if SCORE_COLUMN in selected.column_names:  # of an earlier selection
-            selected = selected.remove_columns(SCORE_COLUMN)
-        return selected.add_column(SCORE_COLUMN, scores[rows].tolist())
+        return kept_rows(pool, rows, scores[rows].tolist())
 
     def choose(self, scores: torch.Tensor) -> list[int]:
         """
@@ -231,6 +228,14 @@ class P2DDataSelector:
                 f"`max_length`={self.args.max_length} and the loss masks."
             )
         return samples
+
+
+def kept_rows(pool: Dataset, rows: list[int], scores: list[float]) -> Dataset:
+    """Rows of a pool with their scores in the column `p2d_score`, which replaces that of an earlier selection."""
+    kept = pool.select(rows)
+    if SCORE_COLUMN in kept.column_names:
+        kept = kept.remove_columns(SCORE_COLUMN)
+    return kept.add_column(SCORE_COLUMN, scores)
 
 
 def _shortened(rows: list[int], most: int = 10) -> str:

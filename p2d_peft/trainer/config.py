@@ -1,14 +1,15 @@
 """`P2DConfig`: the arguments of `P2DTrainer`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Optional, get_args
 
 from trl import SFTConfig
 
+from ..heads.localize import LocalizeMethod
+from ..selection.selector import ScorerName
 
-# Optional[...] rather than X | None: HfArgumentParser reads these annotations.
+
+# Optional[...] rather than X | None, and no `from __future__ import annotations`: HfArgumentParser reads the types.
 @dataclass
 class P2DConfig(SFTConfig):
     r"""
@@ -49,17 +50,17 @@ class P2DConfig(SFTConfig):
         default=None,
         metadata={"help": "Select at most so many heads of one layer. By default the ranking is global."},
     )
-    localize_method: str = field(
+    localize_method: LocalizeMethod = field(
         default="proxy",
-        metadata={"help": "How heads are found.", "choices": ["proxy", "taylor", "random"]},
+        metadata={"help": "How heads are found."},
     )
     data_ratio: float = field(
         default=0.1,
         metadata={"help": "Share of the rows of `train_dataset` to train on, in (0, 1]. The paper takes 10 %%."},
     )
-    scorer: str = field(
+    scorer: ScorerName = field(
         default="affinity",
-        metadata={"help": "How rows are scored.", "choices": ["affinity", "icl", "perplexity", "random"]},
+        metadata={"help": "How rows are scored."},
     )
     target_samples: int = field(
         default=100,
@@ -88,10 +89,9 @@ class P2DConfig(SFTConfig):
                 raise ValueError(f"`{name}` must be in (0, 1], got {getattr(self, name)}.")
         if self.heads_per_layer is not None and self.heads_per_layer < 1:
             raise ValueError(f"`heads_per_layer` must be at least 1, got {self.heads_per_layer}.")
-        for name in ("localize_method", "scorer"):
-            choices = self.__dataclass_fields__[name].metadata["choices"]
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+        for name, kind in (("localize_method", LocalizeMethod), ("scorer", ScorerName)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"`{name}` must be one of {list(get_args(kind))}, got {getattr(self, name)!r}.")
         if self.target_samples < 1:
             raise ValueError(f"`target_samples` must be at least 1, got {self.target_samples}.")
         if self.reference_seconds is not None and not self.reference_seconds > 0:

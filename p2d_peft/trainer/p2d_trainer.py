@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import logging
 import os
@@ -10,24 +11,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from peft import get_peft_model
 from transformers import TrainingArguments
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from trl import SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import get_config_model_id
 
-from ..efficiency import Reference, StageClock, alignment_efficiency_ratio, estimate_reference
+from ..efficiency import StageClock
 from ..heads import HeadScores, HeadSet, ModelGeometry, localize_heads
-from ..model_state import model_device, model_id, preserved_state
-from ..report.run_report import REPORT_NAME, P2DReport
+from ..report import P2DReport
+from ..report.run_report import REPORT_NAME
 from ..selection import P2DDataSelector
-from ..selection.selector import SCORE_COLUMN
+from ..selection.selector import kept_rows
 from ..tuners import HeadSparseConfig
 from .config import P2DConfig
+from .reference import count_tokens, find_reference, training_batches
+from .reporting import make_report, report_metrics
 from .state import P2DState
 
 
@@ -87,6 +88,11 @@ class P2DTrainer(SFTTrainer):
         "    year         = 2026,\n    eprint       = {arXiv:2605.21558},\n}",
     }
 
+    # what TRL and transformers declare more widely than it is here
+    args: P2DConfig
+    model: Any
+    train_dataset: Any
+
     def __init__(
         self,
         *sft_args: Any,
@@ -117,7 +123,10 @@ class P2DTrainer(SFTTrainer):
                 raise TypeError(f"`target_dataset` must be a `datasets.Dataset`, got {type(target_dataset).__name__}.")
             if heads is not None and not isinstance(heads, HeadSet):
                 raise TypeError(f"`heads` must be a `HeadSet`, got {type(heads).__name__}.")
-            if peft_config is None and not is_peft_model(given["model"]):
+            is_loaded = not isinstance(given["model"], str)
+            if is_loaded:  # a model that is yet to be loaded is checked afterwards
+                ModelGeometry.of(given["model"])
+            if peft_config is None and not (is_loaded and is_peft_model(given["model"])):
                 peft_config = HeadSparseConfig(task_type="CAUSAL_LM")
             if isinstance(peft_config, HeadSparseConfig):
                 if heads is not None and peft_config.heads is not None:
@@ -149,7 +158,7 @@ class P2DTrainer(SFTTrainer):
                     "target",
                 )
 
-    def _prepare_dataset(  # type: ignore[override]
+    def _prepare_dataset(
         self,
         dataset: Any,
         processing_class: Any,
@@ -179,20 +188,27 @@ class P2DTrainer(SFTTrainer):
         """
         if not self.args.p2d:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        if self._p2d_state is None:
-            checkpoint = resume_from_checkpoint or None
+        if resume_from_checkpoint:
+            checkpoint = resume_from_checkpoint
             if checkpoint is True:
                 checkpoint = get_last_checkpoint(self.args.output_dir)
                 if checkpoint is None:
                     raise ValueError(f"No checkpoint to resume from was found in '{self.args.output_dir}'.")
-            if checkpoint is None:
-                state = self._choose()
-            else:
-                state, stage_seconds = P2DState.load(checkpoint)
-                self._clock.add(stage_seconds)
-            self._start_from(state)
+            state, stage_seconds = P2DState.load(checkpoint)
+            self._clock.set(stage_seconds)
+            if self._p2d_state is None:
+                self._start_from(state)
+        elif self._p2d_state is None:
+            self._start_from(self._choose())
+        else:  # a second training is charged for itself, and again for what it builds on
+            self._clock.set({name: value for name, value in self._clock.seconds.items() if name != "train"})
         with self._clock.stage("train"):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        # What a user wants to know along the way is no part of the method, nor of the reference.
+        with self._clock.paused():
+            return super().evaluate(*args, **kwargs)
 
     def _choose(self) -> P2DState:
         """Run the first two stages."""
@@ -207,9 +223,9 @@ class P2DTrainer(SFTTrainer):
                 with self._clock.stage("localize"):
                     self.head_scores = localize_heads(
                         self.model,
-                        self._batches(target),
+                        training_batches(target, args.per_device_train_batch_size, self.pad_token_id),
                         method=method,
-                        seed=args.seed,  # type: ignore[arg-type]
+                        seed=args.seed,
                     )
                     heads = self.head_scores.top(args.head_ratio, per_layer=args.heads_per_layer)
                 logger.info("Localized %d heads by %s: %r", len(heads), method, heads)
@@ -234,8 +250,9 @@ class P2DTrainer(SFTTrainer):
             rows=rows,
             scores=scores[rows].tolist(),
             pool_rows=len(pool),
-            pool_tokens=_n_tokens(pool),
-            reference=self._reference(pool),
+            pool_tokens=count_tokens(pool),
+            selected_tokens=count_tokens(pool.select(rows)),
+            reference=find_reference(self, pool),
         )
 
     def _start_from(self, state: P2DState) -> None:
@@ -246,18 +263,14 @@ class P2DTrainer(SFTTrainer):
                 f"The checkpoint's rows were selected from {state.pool_rows} rows, but `train_dataset` has {len(pool)}; "
                 "pass the same dataset to resume."
             )
-        selected = pool.select(state.rows)
-        if SCORE_COLUMN in selected.column_names:
-            selected = selected.remove_columns(SCORE_COLUMN)
-        selected = selected.add_column(SCORE_COLUMN, state.scores)
-        self._selected_rows, self._selected_tokens = len(selected), _n_tokens(selected)
+        selected = kept_rows(pool, state.rows, state.scores)
         self.train_dataset = self._packed(selected) if self.args.packing else selected
         self.heads = state.heads
         if self._head_sparse_config is not None:
             config = copy.deepcopy(self._head_sparse_config)
             config.set_heads(state.heads)
             self.model = self.model_wrapped = get_peft_model(self.model, config)
-            if (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            if (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
                 # Reentrant checkpoints pass no gradient on unless their input needs one. The others do, and then
                 # the backward pass can end at the lowest chosen head.
                 self.model.enable_input_require_grads()
@@ -266,99 +279,21 @@ class P2DTrainer(SFTTrainer):
     def _packed(self, dataset: Dataset) -> Dataset:
         return super()._prepare_dataset(dataset, self.processing_class, self.args, True, None, "selected")
 
-    def _batches(self, dataset: Dataset) -> list[dict[str, torch.Tensor]]:
-        """Batches as the training would make them, but never padding-free, without which row meets row."""
-        collate = DataCollatorForLanguageModeling(pad_token_id=self._tokenizer.pad_token_id)
-        size = self.args.per_device_train_batch_size
-        columns = [column for column in ("input_ids", "labels") if column in dataset.column_names]
-        rows = dataset.select_columns(columns).with_format(None).to_list()
-        return [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
-
-    def _reference(self, pool: Dataset) -> Reference | None:
-        """The reference as given, or estimated if that is wanted and possible. Not charged to any stage."""
-        args = self.args
-        if args.reference_seconds is not None:
-            return Reference(args.reference_seconds / args.num_train_epochs, "given")
-        if args.reference_steps == 0:
-            return None
-        size = args.per_device_train_batch_size
-        n_rows = min(len(pool), (args.reference_steps + 1) * size)
-        rows = pool.shuffle(seed=args.seed).select(range(n_rows))
-        batches = self._batches(rows)
-        device = model_device(self.model)
-        batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
-        optimizer_class, optimizer_kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(args)
-        steps_per_epoch = len(pool) / (size * args.gradient_accumulation_steps)
-
-        def training_loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-            with self.accelerator.autocast():
-                return self.model(**batch, use_cache=False, fused_lm_head=True).loss
-
-        checkpointing = args.gradient_checkpointing and not self.model.is_gradient_checkpointing
-        try:
-            with preserved_state(self.model):
-                self.model.train()
-                if checkpointing:
-                    self.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
-                return estimate_reference(
-                    self.model,
-                    batches,
-                    training_loss,
-                    lambda parameters: optimizer_class(parameters, **optimizer_kwargs),
-                    pool_tokens=_n_tokens(pool),
-                    steps_per_epoch=max(1, round(steps_per_epoch)),
-                )
-        except (ValueError, torch.OutOfMemoryError) as error:
-            logger.warning(
-                "The reference could not be estimated, so there will be no AER: %s Pass `reference_seconds` if you "
-                "have measured it, or `reference_steps=0` to go without.",
-                error,
-            )
-            return None
-        finally:
-            if checkpointing:
-                self.model.gradient_checkpointing_disable()
+    @property
+    def pad_token_id(self) -> int:
+        """What batches are padded with; `SFTTrainer` has seen to it that the tokenizer has a padding token."""
+        token_id: int = self._tokenizer.pad_token_id
+        return token_id
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.args.p2d and "train_runtime" in logs:
             # the training's own last entry: trackers and TrainOutput.metrics get the AER with it
-            self.report = self._make_report()
-            logs.update(_metrics(self.report))
+            assert self._p2d_state is not None
+            self.report = make_report(self, self._p2d_state, self._clock.seconds)
+            logs.update(report_metrics(self.report))
             if self.is_world_process_zero():
                 self.report.save(os.path.join(self.args.output_dir, REPORT_NAME))
         super().log(logs, start_time)
-
-    def _make_report(self) -> P2DReport:
-        state = self._p2d_state
-        assert state is not None
-        seconds = self._clock.seconds
-        epochs = float(self.state.epoch or 0.0)
-        reference = state.reference
-        reference_seconds = reference.seconds_per_epoch * epochs if reference is not None and epochs > 0 else None
-        aer = None if reference_seconds is None else alignment_efficiency_ratio(seconds, reference_seconds)
-        model = self.accelerator.unwrap_model(self.model)
-        parameters = list(model.parameters())
-        return P2DReport(
-            stage_seconds=seconds,
-            epochs=epochs,
-            reference_seconds=reference_seconds,
-            reference_source=reference.source if reference is not None else None,
-            reference_relative_error=reference.relative_error if reference is not None else None,
-            aer=aer,
-            speedup=None if aer is None else 1 / aer,
-            model=model_id(model),
-            seed=self.args.seed,
-            n_heads=len(ModelGeometry.of(model).heads),
-            heads=state.heads.to_dict()["heads"] if state.heads is not None else None,
-            localize_method=state.localize_method,
-            pool_rows=state.pool_rows,
-            pool_tokens=state.pool_tokens,
-            selected_rows=self._selected_rows,
-            selected_tokens=self._selected_tokens,
-            scorer=self.args.scorer,
-            trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
-            total_parameters=sum(p.numel() for p in parameters),
-        )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -373,26 +308,12 @@ def _as_p2d_config(args: TrainingArguments | None, model: Any) -> P2DConfig:
     if args is None:
         name = model if isinstance(model, str) else get_config_model_id(model.config)
         return P2DConfig(f"{name.split('/')[-1]}-P2D")
-    # to_dict hides the token
-    return P2DConfig(**{**args.to_dict(), "hub_token": args.hub_token})
+    # to_dict hides every token, those of the tokenizer, too
+    hidden = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name.endswith("_token")}
+    return P2DConfig(**{**args.to_dict(), **hidden})
 
 
 def _unshuffled(args: P2DConfig) -> P2DConfig:
     args = copy.copy(args)
     args.shuffle_dataset = False
     return args
-
-
-def _n_tokens(dataset: Dataset) -> int:
-    return sum(map(len, dataset.with_format(None)["input_ids"]))
-
-
-def _metrics(report: P2DReport) -> dict[str, float]:
-    metrics: dict[str, float] = {f"train_p2d_{stage}_seconds": value for stage, value in report.stage_seconds.items()}
-    if report.aer is not None and report.speedup is not None and report.reference_seconds is not None:
-        metrics["train_p2d_reference_seconds"] = report.reference_seconds
-        metrics["train_p2d_aer"] = report.aer
-        metrics["train_p2d_speedup"] = report.speedup
-    metrics["train_p2d_selected_rows"] = report.selected_rows
-    metrics["train_p2d_selected_tokens"] = report.selected_tokens
-    return metrics

@@ -28,6 +28,7 @@ class P2DState:
         scores (`list[float]`): Their scores.
         pool_rows (`int`): Rows of the pool.
         pool_tokens (`int`): Tokens of the pool.
+        selected_tokens (`int`): Tokens of the selected rows.
         reference (`Reference`, *optional*): The reference, if there is one.
     """
 
@@ -37,6 +38,7 @@ class P2DState:
     scores: list[float]
     pool_rows: int
     pool_tokens: int
+    selected_tokens: int
     reference: Reference | None
 
     def save(self, folder: str | Path, stage_seconds: Mapping[str, float]) -> None:

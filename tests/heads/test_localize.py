@@ -59,6 +59,14 @@ def test_bf16_models_move_in_the_proxy_run_and_come_back():
     assert (scores.values > 0).all()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_scores_under_autocast_are_close_to_those_without(method):
+    exact = localize_heads(tiny_model(), [random_batch(rows=8)], method=method).values.flatten()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = localize_heads(tiny_model(), [random_batch(rows=8)], method=method).values.flatten()
+    assert torch.corrcoef(torch.stack([rounded, exact]))[0, 1] > 0.9
+
+
 def test_heads_whose_output_is_thrown_away_score_nothing_by_taylor():
     model = tiny_model("llama-mha-bias")
     columns = ModelGeometry.of(model)[1].head_slice("o", 2)

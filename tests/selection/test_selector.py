@@ -74,6 +74,16 @@ def test_the_model_is_left_alone_when_a_pass_raises(scorer):
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
+def test_scores_in_bf16_are_those_in_fp32_to_rounding(scorer):
+    exact = selector(scorer=scorer).score(prompt_completion())
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = selector(scorer=scorer).score(prompt_completion())
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05 * float(exact.std()))
+    half = selector(tiny_model(dtype=torch.bfloat16), scorer=scorer).score(prompt_completion())
+    assert torch.corrcoef(torch.stack([half, exact]))[0, 1] > 0.95
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
 def test_the_same_seed_gives_the_same_rows(scorer):
     a, b = (selector(scorer=scorer, seed=3).select(prompt_completion()).to_list() for _ in range(2))
     assert a == b

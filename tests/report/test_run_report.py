@@ -1,0 +1,54 @@
+import dataclasses
+import json
+
+import pytest
+
+from p2d_peft.report import P2DReport
+
+
+def report(**changes):
+    values = {
+        "stage_seconds": {"localize": 1.0, "train": 2.0},
+        "epochs": 3.0,
+        "reference_seconds": 30.0,
+        "reference_source": "estimated",
+        "reference_relative_error": 0.05,
+        "aer": 0.1,
+        "speedup": 10.0,
+        "model": "org/name",
+        "seed": 42,
+        "n_heads": 12,
+        "heads": {"0": [1]},
+        "localize_method": "proxy",
+        "pool_rows": 100,
+        "pool_tokens": 1000,
+        "selected_rows": 10,
+        "selected_tokens": 90,
+        "scorer": "affinity",
+        "trainable_parameters": 10,
+        "total_parameters": 1000,
+    }
+    return P2DReport(**{**values, **changes})
+
+
+def test_round_trip(tmp_path):
+    report().save(tmp_path / "p2d_report.json")
+    assert P2DReport.load(tmp_path / "p2d_report.json") == report()
+    data = json.loads((tmp_path / "p2d_report.json").read_text())
+    assert data["schema"] == 1 and set(data["versions"]) >= {"python", "torch", "peft", "trl"}
+    assert {field.name for field in dataclasses.fields(P2DReport)} == set(data) - {"format", "schema"}
+
+
+def test_a_report_without_a_reference_round_trips(tmp_path):
+    without = report(
+        reference_seconds=None, reference_source=None, reference_relative_error=None, aer=None, speedup=None
+    )
+    without.save(tmp_path / "r.json")
+    assert P2DReport.load(tmp_path / "r.json") == without
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"format": "p2d_peft.P2DReport", "schema": 99}'])
+def test_what_is_no_report_is_refused(content, tmp_path):
+    (tmp_path / "r.json").write_text(content)
+    with pytest.raises(ValueError, match=r"r\.json' is not a P2D report of schema 1"):
+        P2DReport.load(tmp_path / "r.json")

@@ -1,0 +1,69 @@
+"""Every code block of the README and of the docs runs: Python in order, with tiny stand-ins for what the Hub would give."""
+
+import re
+import shlex
+from pathlib import Path
+
+import datasets
+import matplotlib
+import pytest
+import transformers
+from transformers import training_args
+from trl.trainer import sft_trainer
+
+from .tiny_data import conversational
+from .tiny_models import tiny_model, tiny_tokenizer
+
+
+matplotlib.use("Agg")
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page, *languages):
+    return [code for language, code in BLOCK.findall(page.read_text(encoding="utf-8")) if language in languages]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: tiny_model())
+    monkeypatch.setattr(sft_trainer, "create_model_from_path", lambda *_, **__: tiny_model())
+    for name in ("AutoTokenizer", "AutoProcessor"):
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", lambda *_, **__: tiny_tokenizer())
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: conversational(40))
+    # SFTConfig's default, bf16, is refused on a machine without a GPU
+    monkeypatch.setattr(training_args, "is_torch_bf16_gpu_available", lambda: True)
+    namespace = {}
+    for number, code in enumerate(blocks(page, "python")):
+        exec(compile(code, f"{page.name}, block {number}", "exec"), namespace)
+
+
+def test_there_are_blocks_to_run():
+    assert sum(len(blocks(page, "python")) for page in PAGES) >= 6
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_shell_blocks_call_what_exists(page):
+    """The commands themselves run in CI (scripts/test.sh) and in tests/test_quickstart.py; here their names are held."""
+    for code in blocks(page, "bash", "sh"):
+        for line in code.splitlines():
+            words = shlex.split(line, comments=True)
+            for word in words:
+                if re.match(r"(scripts|examples|benchmarks|\.ci)/", word):
+                    assert (ROOT / word).is_file(), word
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_block_escapes_the_tests(page):
+    languages = {language for language, _ in BLOCK.findall(page.read_text(encoding="utf-8"))}
+    assert languages <= {"python", "bash", "sh", "text", "bibtex"}
+    assert page.read_text(encoding="utf-8").count("```") == 2 * len(BLOCK.findall(page.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if "://" not in link:
+            assert (page.parent / link).exists(), link

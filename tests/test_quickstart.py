@@ -1,0 +1,56 @@
+"""The quickstart from its command line, on a tiny model and a small pool; the real one is measured by hand."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .tiny_data import rows
+from .tiny_models import tiny_model, tiny_tokenizer
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.slow
+def test_runs_from_a_pool_to_an_adapter_that_answers_in_a_fresh_process(tmp_path):
+    tiny_model(hidden_size=64).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    for name, seed, n in (("pool", 0, 260), ("test", 1, 40)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows(n, seed))))
+    command = [sys.executable, str(EXAMPLES / "quickstart.py")]
+    command += ["--model", "model", "--pool", "pool.jsonl", "--test", "test.jsonl", "--target", "count"]
+    command += ["--epochs", "1", "--learning-rate", "0.01"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"^localize .* 1 of 12 heads by proxy: HeadSet", run.stdout, re.MULTILINE)
+    assert re.search(r"^select .* 21 of 210 rows by affinity", run.stdout, re.MULTILINE)
+    assert re.search(r"^AER +\d", run.stdout, re.MULTILINE)
+    for arm in ("base model", "P2D", "random heads, random rows"):
+        assert re.search(rf"^{arm} +\d\.\d\d +\d+\.\d\d\d$", run.stdout, re.MULTILINE), arm
+    assert "in a fresh process it answers" in run.stdout
+    assert (tmp_path / "p2d-quickstart" / "p2d" / "p2d_report.json").is_file()
+    assert (tmp_path / "p2d-quickstart" / "p2d" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--pool", "a.jsonl"], "--pool and --test go together"),
+        (["--pool", "a.jsonl", "--test", "b.jsonl"], "need --target"),
+    ],
+)
+def test_bad_flags_end_at_once(flags, message, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("quickstart", EXAMPLES / "quickstart.py")
+    quickstart = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(quickstart)
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", *flags])
+    with pytest.raises(SystemExit) as error:
+        quickstart.parse_args()
+    assert error.value.code == 2 and message in capsys.readouterr().err

@@ -1,0 +1,416 @@
+import dataclasses
+import json
+import time
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from p2d_peft import HeadSet, HeadSparseConfig, P2DConfig, P2DTrainer, efficiency
+from p2d_peft.report import P2DReport
+from p2d_peft.trainer import p2d_trainer as module
+
+from ..model_checks import assert_unchanged, snapshot
+from ..tiny_data import KINDS, prompt_completion, text
+from ..tiny_models import FEW, tiny_model, tiny_tokenizer
+
+
+def config(tmp_path, **changes):
+    values = {
+        "bf16": False,
+        "report_to": "none",
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "data_ratio": 0.5,
+        "head_ratio": 0.25,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "activation_checkpointing": False,
+        "reference_steps": 1,
+        "disable_tqdm": True,
+    }
+    return P2DConfig(str(tmp_path), **{**values, **changes})
+
+
+def trainer(tmp_path, model=None, pool=None, target=None, changes=None, **kwargs):
+    return P2DTrainer(
+        tiny_model() if model is None else model,
+        config(tmp_path, **(changes or {})),
+        train_dataset=prompt_completion(32) if pool is None else pool,
+        target_dataset=prompt_completion(6, seed=1) if target is None else target,
+        processing_class=tiny_tokenizer(),
+        **kwargs,
+    )
+
+
+def deltas(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "head_sparse_delta" in name}
+
+
+def assert_same_weights(a, b):
+    assert a.keys() == b.keys() and len(a) > 0
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_trains_the_chosen_heads_on_the_chosen_rows_and_nothing_else(name, tmp_path):
+    base, model = tiny_model(name), tiny_model(name)
+    run = trainer(tmp_path, model)
+    pool = run.train_dataset
+    run.train()
+    assert len(run.heads) == 3 and run.head_scores.top(0.25) == run.heads
+    assert len(run.train_dataset) == 16
+    assert all(row in pool["input_ids"][:] for row in run.train_dataset["input_ids"])
+    assert {n for n, p in run.model.named_parameters() if p.requires_grad} == set(deltas(run.model))
+    assert all((delta != 0).any() for delta in deltas(run.model).values())
+
+    merged = run.model.merge_and_unload()
+    assert merged is model  # the object that was passed is the one that got trained
+    config_, by_layer = base.config, run.heads.by_layer()
+    head_dim = getattr(config_, "head_dim", None) or config_.hidden_size // config_.num_attention_heads
+    per_group = config_.num_attention_heads // config_.num_key_value_heads
+    for weight_name, before in base.state_dict().items():
+        changed = (before != merged.state_dict()[weight_name]).nonzero()
+        parts = weight_name.split(".")
+        layer = int(parts[2]) if parts[1] == "layers" else None
+        role = parts[-2]
+        if layer not in by_layer or role not in ("q_proj", "k_proj", "v_proj", "o_proj") or parts[-1] == "bias":
+            assert len(changed) == 0, weight_name
+            continue
+        units = {head if role in ("q_proj", "o_proj") else head // per_group for head in by_layer[layer]}
+        lines = changed[:, 1 if role == "o_proj" else 0]
+        assert {int(line) // head_dim for line in lines} == units, weight_name
+
+
+def test_the_final_metrics_and_the_report_carry_the_aer(tmp_path):
+    run = trainer(tmp_path)
+    output = run.train()
+    report = P2DReport.load(tmp_path / "p2d_report.json")
+    assert report == run.report
+    assert set(report.stage_seconds) == {"localize", "select", "train"}
+    assert report.aer == pytest.approx(sum(report.stage_seconds.values()) / report.reference_seconds)
+    assert report.speedup == pytest.approx(1 / report.aer)
+    assert report.reference_source == "estimated" and report.epochs == 2
+    assert (report.pool_rows, report.selected_rows, report.n_heads) == (32, 16, 12)
+    assert report.heads == {str(layer): heads for layer, heads in run.heads.by_layer().items()}
+    assert report.selected_tokens == sum(map(len, run.train_dataset["input_ids"]))
+    assert report.trainable_parameters == sum(delta.numel() for delta in deltas(run.model).values())
+    assert output.metrics["train_p2d_aer"] == report.aer == run.state.log_history[-1]["train_p2d_aer"]
+    # one training, seen from outside: 16 rows, 4 a step, 2 epochs, and its own last entry
+    assert [entry["step"] for entry in run.state.log_history] == [1, 2, 3, 4, 5, 6, 7, 8, 8]
+
+
+def test_the_reference_may_be_given_or_left_out(tmp_path):
+    run = trainer(tmp_path, changes={"reference_seconds": 50.0})
+    run.train()
+    assert (run.report.reference_seconds, run.report.reference_source) == (50.0, "given")
+    run = trainer(tmp_path, changes={"reference_steps": 0})
+    metrics = run.train().metrics
+    assert run.report.aer is None and "train_p2d_aer" not in metrics and "train_p2d_train_seconds" in metrics
+
+
+def test_evaluation_is_not_charged(tmp_path, monkeypatch):
+    run = trainer(tmp_path, changes={"eval_strategy": "epoch"}, eval_dataset=prompt_completion(6, seed=2))
+    evaluate, waited = SFTTrainer.evaluate, 5.0
+    real_time, extra = time.perf_counter, []
+
+    def slow_evaluate(self, *args, **kwargs):
+        extra.append(waited)
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(SFTTrainer, "evaluate", slow_evaluate)
+    monkeypatch.setattr(efficiency.time, "perf_counter", lambda: real_time() + sum(extra))
+    metrics = run.train().metrics
+    assert len(extra) == 2
+    assert 0 < metrics["train_p2d_train_seconds"] < waited
+
+
+@pytest.mark.parametrize("scorer", ["icl", "perplexity", "random"])
+@pytest.mark.parametrize("method", ["taylor", "random"])
+def test_methods_and_scorers_combine(method, scorer, tmp_path):
+    run = trainer(tmp_path, changes={"localize_method": method, "scorer": scorer, "max_steps": 1})
+    run.train()
+    assert (run.report.localize_method, run.report.scorer) == (method, scorer)
+    assert len(run.train_dataset) == 16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_takes_all_that_sft_trainer_takes(kind, tmp_path):
+    run = trainer(tmp_path, pool=KINDS[kind](), target=KINDS[kind](4, seed=1), changes={"max_steps": 1})
+    run.train()
+    assert len(run.train_dataset) == 12
+
+
+def test_the_same_seed_gives_the_same_heads_rows_and_weights(tmp_path):
+    first, second = trainer(tmp_path / "a"), trainer(tmp_path / "b")
+    first.train()
+    second.train()
+    assert first.heads == second.heads
+    assert first.train_dataset.to_list() == second.train_dataset.to_list()
+    assert_same_weights(deltas(first.model), deltas(second.model))
+
+
+def test_resuming_equals_an_uninterrupted_run_and_chooses_nothing_again(tmp_path, monkeypatch):
+    changes = {"save_strategy": "steps", "save_steps": 3}
+    whole = trainer(tmp_path, changes=changes)
+    whole.train()
+
+    def never(*args, **kwargs):
+        raise AssertionError("chosen again")
+
+    monkeypatch.setattr(module, "localize_heads", never)
+    monkeypatch.setattr(module.P2DDataSelector, "score", never)
+    monkeypatch.setattr(module, "find_reference", never)
+    resumed = trainer(tmp_path, changes=changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.heads == whole.heads
+    assert resumed.train_dataset.to_list() == whole.train_dataset.to_list()
+    assert_same_weights(deltas(resumed.model), deltas(whole.model))
+    # what was spent before the interruption stays charged
+    state = json.loads((tmp_path / "checkpoint-3" / "p2d_state.json").read_text())
+    for stage in ("localize", "select"):
+        assert resumed.report.stage_seconds[stage] == state["stage_seconds"][stage]
+    assert resumed.report.stage_seconds["train"] > state["stage_seconds"]["train"] > 0
+    assert resumed.report.reference_seconds == whole.report.reference_seconds
+
+    latest = trainer(tmp_path, changes=changes)
+    latest.train(resume_from_checkpoint=True)
+    assert_same_weights(deltas(latest.model), deltas(whole.model))
+
+
+def test_resuming_with_another_pool_or_checkpoint_is_refused(tmp_path):
+    trainer(tmp_path, changes={"save_strategy": "epoch"}).train()
+    other = trainer(tmp_path, pool=prompt_completion(20))
+    with pytest.raises(ValueError, match="selected from 32 rows, but `train_dataset` has 20"):
+        other.train(resume_from_checkpoint=True)
+    (tmp_path / "checkpoint-4" / "p2d_state.json").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-4' has no p2d_state\.json"):
+        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    with pytest.raises(ValueError, match="No checkpoint to resume from"):
+        trainer(tmp_path / "empty").train(resume_from_checkpoint=True)
+
+
+def test_a_second_training_goes_on_with_the_same_rows_and_weights(tmp_path, monkeypatch):
+    run = trainer(tmp_path)
+    run.train()
+    heads, rows, first = run.heads, run.train_dataset.to_list(), run.report
+    before = deltas(run.model)
+    monkeypatch.setattr(module, "localize_heads", None)
+    run.train()
+    assert run.heads == heads and run.train_dataset.to_list() == rows
+    assert any(not torch.equal(before[name], delta) for name, delta in deltas(run.model).items())
+    assert run.report.stage_seconds["localize"] == first.stage_seconds["localize"]
+    assert run.report.epochs == 2
+
+
+def test_switched_off_it_is_sft_trainer_step_for_step(tmp_path):
+    lora = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"])
+    run = trainer(tmp_path, changes={"p2d": False}, peft_config=lora)
+    run.train()
+    shared = {field.name for field in dataclasses.fields(SFTConfig)}
+    args = SFTConfig(**{name: value for name, value in vars(run.args).items() if name in shared})
+    plain = SFTTrainer(
+        tiny_model(), args, train_dataset=prompt_completion(32), processing_class=tiny_tokenizer(), peft_config=lora
+    )
+    plain.train()
+    keys = ("loss", "grad_norm", "learning_rate", "step")
+    ours, theirs = ([[entry.get(key) for key in keys] for entry in t.state.log_history[:-1]] for t in (run, plain))
+    assert ours == theirs and len(ours) == 16
+    assert_same_weights(dict(run.model.named_parameters()), dict(plain.model.named_parameters()))
+    assert not (tmp_path / "p2d_report.json").exists()
+
+
+def test_rows_are_chosen_as_samples_and_packed_afterwards(tmp_path):
+    changes = {"packing": True, "packing_strategy": "wrapped", "max_length": 40}
+    run = trainer(tmp_path, changes=changes)
+    samples = trainer(tmp_path).train_dataset["input_ids"][:]
+    assert run.train_dataset["input_ids"][:] == samples  # one row a sample, none cut
+    run.train()
+    assert run.report.selected_rows == 16 and run.report.pool_rows == 32
+    lengths = [len(ids) for ids in run.train_dataset["input_ids"]]
+    assert sum(lengths) == run.report.selected_tokens and set(lengths[:-1]) == {40}
+
+
+def test_another_adapter_is_trained_as_it_is_on_the_selected_rows(tmp_path):
+    lora = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+    for arguments in ({"peft_config": lora}, {"model": get_peft_model(tiny_model(), lora)}):
+        run = trainer(tmp_path, **arguments)
+        before = {n: p.detach().clone() for n, p in run.model.named_parameters() if p.requires_grad}
+        assert before and all("lora_" in name for name in before)
+        run.train()
+        assert len(run.heads) == 3 and len(run.train_dataset) == 16
+        after = {n: p for n, p in run.model.named_parameters() if p.requires_grad}
+        assert after.keys() == before.keys()
+        assert any(not torch.equal(before[name], after[name]) for name in after)
+
+
+@pytest.mark.parametrize("where", ["argument", "config"])
+def test_heads_that_are_given_are_not_looked_for(where, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "localize_heads", None)
+    heads = HeadSet([(1, 2)])
+    given = (
+        {"heads": heads}
+        if where == "argument"
+        else {"peft_config": HeadSparseConfig(heads=heads, task_type="CAUSAL_LM", target_modules=["q_proj"])}
+    )
+    run = trainer(tmp_path, **given)
+    assert run.heads == heads
+    run.train()
+    names = [name.split(".head_sparse")[0] for name in deltas(run.model)]
+    roles = "q" if where == "config" else "qkvo"
+    assert [name.split(".layers.")[1] for name in names] == [f"1.self_attn.{role}_proj" for role in roles]
+    assert run.report.localize_method is None and "localize" not in run.report.stage_seconds
+
+
+def test_without_a_target_one_is_drawn_from_the_pool(tmp_path):
+    def run():
+        made = P2DTrainer(
+            tiny_model(),
+            config(tmp_path, target_samples=5),
+            train_dataset=text(20),
+            processing_class=tiny_tokenizer(),
+        )
+        made.train()
+        assert made.head_scores.n_samples == 5
+        return made
+
+    assert run().train_dataset.to_list() == run().train_dataset.to_list()
+
+
+@pytest.mark.parametrize("args_class", [SFTConfig, TrainingArguments, None])
+def test_takes_any_training_arguments(args_class, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    class QuietConfig(P2DConfig):
+        """The defaults ask for hardware with bf16."""
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **{"bf16": False, "report_to": "none", **kwargs})
+
+    monkeypatch.setattr(module, "P2DConfig", QuietConfig)
+    model = tiny_model()
+    model.config._name_or_path = "org/tiny"
+    args = args_class and args_class(
+        str(tmp_path / "out"), bf16=False, report_to="none", learning_rate=0.5, disable_tqdm=True, hub_token="secret"
+    )
+    run = P2DTrainer(model, args, train_dataset=text(20), processing_class=tiny_tokenizer())
+    assert isinstance(run.args, P2DConfig) and run.args.data_ratio == 0.1
+    if args is not None:
+        assert (run.args.learning_rate, run.args.hub_token) == (0.5, "secret")
+        assert type(args) is args_class
+    else:
+        assert run.args.output_dir == "tiny-P2D"
+
+
+def test_what_a_user_edits_after_the_constructor_is_selected_from(tmp_path):
+    run = trainer(tmp_path, changes={"data_ratio": 1.0})
+    run.train_dataset = run.train_dataset.select(range(10))
+    run.train()
+    assert len(run.train_dataset) == 10 and run.report.pool_rows == 10
+
+
+def test_the_adapter_is_saved_and_loads_with_the_choices_beside_it(tmp_path):
+    run = trainer(tmp_path)
+    run.train()
+    run.save_model(str(tmp_path / "adapter"))
+    loaded = PeftModel.from_pretrained(tiny_model(), str(tmp_path / "adapter"))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        run.model.eval()
+        assert torch.equal(loaded(input_ids=ids).logits, run.model(input_ids=ids).logits)
+        assert not torch.equal(tiny_model()(input_ids=ids).logits, loaded(input_ids=ids).logits)
+    state = json.loads((tmp_path / "adapter" / "p2d_state.json").read_text())
+    assert HeadSet.from_dict(state["heads"]) == run.heads and len(state["rows"]) == 16
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_gradient_checkpointing_trains_to_the_same_weights(reentrant, tmp_path):
+    plain = trainer(tmp_path / "a")
+    plain.train()
+    kwargs = None if reentrant is None else {"use_reentrant": reentrant}
+    checkpointed = trainer(
+        tmp_path / "b", changes={"activation_checkpointing": True, "activation_checkpointing_kwargs": kwargs}
+    )
+    checkpointed.train()
+    for name, delta in deltas(plain.model).items():
+        torch.testing.assert_close(deltas(checkpointed.model)[name], delta, rtol=1e-3, atol=1e-5)
+
+
+def test_evaluates_before_and_after(tmp_path):
+    run = trainer(tmp_path, eval_dataset=prompt_completion(6, seed=2))
+    before = run.evaluate()["eval_loss"]
+    run.train()
+    assert run.evaluate()["eval_loss"] < before
+    assert len(run.eval_dataset) == 6
+
+
+@pytest.mark.parametrize("stage", ["localize", "select", "reference"])
+def test_the_model_is_what_it_was_after_an_exception_in_a_stage(stage, tmp_path, monkeypatch):
+    run = trainer(tmp_path)
+    before = snapshot(run.model)
+
+    def boom(*args, **kwargs):
+        raise RuntimeError("boom")
+
+    if stage == "localize":
+        monkeypatch.setattr("p2d_peft.heads.proxy.weight_shift", boom)
+    elif stage == "select":
+        monkeypatch.setattr("p2d_peft.selection.affinity.functional.cosine_similarity", boom)
+    else:
+        monkeypatch.setattr(run, "optimizer_cls_and_kwargs", (_FailingOptimizer, {"lr": 1.0}))
+    with pytest.raises(RuntimeError, match="boom"):
+        run.train()
+    assert_unchanged(run.model, before)
+    assert not run.model.is_activation_checkpointing
+    monkeypatch.undo()
+    run.train()  # and it can be done again
+    assert run.report is not None
+
+
+class _FailingOptimizer(torch.optim.SGD):
+    def step(self, closure=None):
+        super().step(closure)
+        raise RuntimeError("boom")
+
+
+def test_a_reference_that_does_not_fit_is_reported_and_left_out(tmp_path, monkeypatch, caplog):
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("p2d_peft.trainer.reference.estimate_reference", out_of_memory)
+    run = trainer(tmp_path)
+    with caplog.at_level("WARNING", logger="p2d_peft"):
+        run.train()
+    assert run.report.aer is None
+    assert "could not be estimated, so there will be no AER: out of memory" in caplog.text
+
+
+def test_bad_arguments_are_errors_of_the_constructor(tmp_path):
+    with pytest.raises(TypeError, match=r"`train_dataset` must be a `datasets\.Dataset`.*got IterableDataset"):
+        trainer(tmp_path, pool=text().to_iterable_dataset())
+    with pytest.raises(TypeError, match=r"`target_dataset` must be a `datasets\.Dataset`, got list"):
+        trainer(tmp_path, target=[{"text": "a"}])
+    with pytest.raises(TypeError, match="`heads` must be a `HeadSet`, got list"):
+        trainer(tmp_path, heads=[(0, 1)])
+    with pytest.raises(ValueError, match=r"\(9, 0\), but layer 9 has no heads"):
+        trainer(tmp_path, heads=HeadSet([(9, 0)]))
+    with pytest.raises(ValueError, match="as `heads` or in `peft_config`, not both"):
+        trainer(tmp_path, heads=HeadSet([(0, 0)]), peft_config=HeadSparseConfig(heads=[0]))
+    model = tiny_model()
+    with pytest.raises(ValueError, match="Pass `optimizer_cls_and_kwargs` instead"):
+        trainer(tmp_path, model=model, optimizers=(torch.optim.SGD(model.parameters(), lr=1.0), None))
+
+
+def test_a_model_without_supported_heads_is_refused_before_the_pool_is_tokenized(tmp_path, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("tokenized")
+
+    monkeypatch.setattr(SFTTrainer, "_prepare_dataset", never)
+    config_ = transformers.GPT2Config(vocab_size=96, n_embd=16, n_head=2, n_layer=1)
+    with pytest.raises(ValueError, match=r"Unsupported attention in `model` \(GPT2LMHeadModel\)"):
+        trainer(tmp_path, model=transformers.AutoModelForCausalLM.from_config(config_))

@@ -1,0 +1,114 @@
+import argparse
+import copy
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from peft import PeftConfig, PeftType
+
+from p2d_peft.heads import HeadSet
+from p2d_peft.heads.geometry import ModelGeometry
+from p2d_peft.tuners import HeadSparseConfig
+from tests.tiny_models import tiny_model
+
+
+@pytest.mark.parametrize(
+    ("heads", "plain"),
+    [
+        (None, None),
+        (HeadSet([(2, 3), (0, 1), (2, 0)]), {0: [1], 2: [0, 3]}),
+        ({2: (3, 0), 0: {1}}, {0: [1], 2: [0, 3]}),
+        ({"2": [0]}, {2: [0]}),  # as JSON has it
+        ({1: [], 2: [0]}, {2: [0]}),
+        ({np.int64(1): np.array([2, 0])}, {1: [0, 2]}),
+        ([3, 1], [1, 3]),
+        (range(2), [0, 1]),
+        (np.array([1]), [1]),
+    ],
+)
+def test_heads_become_plain_json_types(heads, plain):
+    config = HeadSparseConfig(heads=heads)
+    assert config.heads == plain
+    assert list(config.heads or ()) == list(plain or ())  # the order too
+    json.dumps(config.heads)  # a numpy integer would not pass
+    config.set_heads(config.heads)
+    assert config.heads == plain
+
+
+@pytest.mark.parametrize(
+    ("heads", "error", "message"),
+    [
+        (
+            "0",
+            TypeError,
+            "must be a HeadSet, a mapping from layers to lists of heads, a list of heads or None, got str",
+        ),
+        (3, TypeError, "got int"),
+        ([0, 1.0], TypeError, r"must hold the integers .*, got 1\.0"),
+        ([True], TypeError, "got True"),
+        ([(0, 1), (2, 3)], TypeError, r"got \(0, 1\). For \(layer, head\) pairs pass a `HeadSet`"),
+        ({0: 1}, TypeError, "must map each layer to a list of heads, got 1 for layer 0"),
+        ({0: "12"}, TypeError, "must map each layer to a list of heads, got '12' for layer 0"),
+        ({"first": [0]}, TypeError, r"got \('first', 0\)"),
+        ({0: [0.5]}, TypeError, r"got \(0, 0\.5\)"),
+        ([0, -1], ValueError, "counted from 0, got -1"),
+        ({0: [-2]}, ValueError, r"counted from 0, got \(0, -2\)"),
+        ({-1: [0]}, ValueError, r"counted from 0, got \(-1, 0\)"),
+        ([1, 2, 1], ValueError, "holds 1 more than once"),
+        ({3: [1, 1]}, ValueError, r"holds \(3, 1\) more than once"),
+        ([], ValueError, "`heads` is empty"),
+        ({}, ValueError, "`heads` is empty"),
+        ({0: []}, ValueError, "`heads` is empty"),
+        (HeadSet(), ValueError, "`heads` is empty"),
+    ],
+)
+def test_bad_heads(heads, error, message):
+    with pytest.raises(error, match=message):
+        HeadSparseConfig(heads=heads)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        HeadSparseConfig(),
+        HeadSparseConfig(heads={11: [2], 3: [7, 0]}, task_type="CAUSAL_LM", init_weights=False),
+        HeadSparseConfig(
+            heads=[1], target_modules=["q_proj", "o_proj"], exclude_modules="x.*", modules_to_save=["lm_head"]
+        ),
+    ],
+)
+def test_goes_to_json_and_back(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert type(loaded) is HeadSparseConfig and loaded == config
+    assert loaded.peft_type is PeftType.HEAD_SPARSE
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "HEAD_SPARSE"
+    assert copy.deepcopy(config) == config == dataclasses.replace(config)
+
+
+def test_all_linear_means_all_projections():
+    assert HeadSparseConfig(target_modules="all-linear").target_modules is None
+    assert HeadSparseConfig(target_modules=".*q_proj").target_modules == ".*q_proj"
+
+
+def test_head_set_of_a_model():
+    geometry = ModelGeometry.of(tiny_model())
+    every = [(layer, head) for layer in range(3) for head in range(4)]
+    assert HeadSparseConfig().head_set(geometry) == HeadSet(every)
+    assert HeadSparseConfig(heads=[0, 2]).head_set(geometry) == HeadSet(pair for pair in every if pair[1] in (0, 2))
+    assert HeadSparseConfig(heads={1: [3]}).head_set(geometry) == HeadSet([(1, 3)])
+    with pytest.raises(ValueError, match=r"holds \(0, 4\), but layer 0 has the heads 0 to 3"):
+        HeadSparseConfig(heads=[4]).head_set(geometry)
+    with pytest.raises(ValueError, match=r"holds \(3, 0\), but layer 3 has no heads; layers: 0 to 2"):
+        HeadSparseConfig(heads={3: [0]}).head_set(geometry)
+
+
+def test_every_field_is_documented():
+    parser = argparse.ArgumentParser()
+    for field in dataclasses.fields(HeadSparseConfig):
+        assert field.metadata["help"]
+        parser.add_argument(f"--{field.name}", help=field.metadata["help"])
+    parser.format_help()  # a lone percent sign would raise
+    for name in HeadSparseConfig.__annotations__:
+        assert f"        {name} (" in HeadSparseConfig.__doc__

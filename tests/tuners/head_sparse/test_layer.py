@@ -1,0 +1,280 @@
+import copy
+
+import pytest
+import torch
+from peft.helpers import disable_input_dtype_casting
+from torch import nn
+
+from p2d_peft.tuners import HeadSparseConfig
+from p2d_peft.tuners.head_sparse import Linear, WeightSlice
+
+
+IN, OUT = 12, 10
+SLICES = {
+    "rows": WeightSlice(0, (2, 3, 4)),
+    "scattered rows": WeightSlice(0, (0, 3, 4, 9)),
+    "columns": WeightSlice(1, (6, 7, 8)),
+    "scattered columns": WeightSlice(1, (1, 5, 11)),
+}
+
+
+def bits(tensor):
+    """A tensor's bits, in which 0.0 and -0.0 differ and NaN equals itself."""
+    return tensor.detach().contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
+
+
+def make_layer(weight_slice, dtype=torch.float32, base=None, init_weights=False, delta_dtype=None):
+    base = nn.Linear(IN, OUT).to(dtype) if base is None else base
+    layer = Linear(base, "default", weight_slice, HeadSparseConfig(init_weights=init_weights))
+    return layer if delta_dtype is None else with_deltas_of(layer, delta_dtype)
+
+
+def with_deltas_of(layer, dtype):
+    """What PEFT's autocast_adapter_dtype does."""
+    for name, delta in list(layer.head_sparse_delta.items()):
+        layer.head_sparse_delta[name] = nn.Parameter(torch.randn_like(delta, dtype=dtype))
+    return layer
+
+
+def dense_delta(layer, name="default"):
+    """The delta as a dense matrix, put together one row or column at a time."""
+    dense = torch.zeros(OUT, IN)
+    weight_slice = layer.head_sparse_slice[name]
+    for position, index in enumerate(weight_slice.indices):
+        if weight_slice.dim == 0:
+            dense[index] = layer.head_sparse_delta[name][position].detach()
+        else:
+            dense[:, index] = layer.head_sparse_delta[name][:, position].detach()
+    return dense
+
+
+@pytest.mark.parametrize("kind", SLICES)
+@pytest.mark.parametrize("shape", [(IN,), (5, IN), (2, 5, IN), (2, 0, IN)])
+def test_forward_adds_the_delta(kind, shape):
+    layer = make_layer(SLICES[kind])
+    x = torch.randn(shape)
+    dense = dense_delta(layer)
+    assert dense.count_nonzero() == layer.head_sparse_delta["default"].numel()
+    expected = nn.functional.linear(x, layer.base_layer.weight + dense, layer.base_layer.bias)
+    torch.testing.assert_close(layer(x), expected)
+    assert torch.equal(layer.get_delta_weight("default"), dense)
+
+
+@pytest.mark.parametrize("kind", SLICES)
+def test_gradients(kind):
+    layer = make_layer(SLICES[kind])
+    x, by_hand = torch.randn(5, IN, requires_grad=True), torch.randn(5, IN)
+    by_hand = x.detach().clone().requires_grad_()
+    weight = (layer.base_layer.weight + dense_delta(layer)).detach().requires_grad_()
+    (layer(x) ** 2).sum().backward()
+    (nn.functional.linear(by_hand, weight, layer.base_layer.bias) ** 2).sum().backward()
+    weight_slice = SLICES[kind]
+    torch.testing.assert_close(x.grad, by_hand.grad)
+    torch.testing.assert_close(
+        layer.head_sparse_delta["default"].grad,
+        weight.grad.index_select(weight_slice.dim, layer.head_sparse_index["default"]),
+    )
+
+
+class NegativeZeros(nn.Linear):
+    """Its output has zeros of both signs, as fp16 gives by underflow."""
+
+    def forward(self, x):
+        result = super().forward(x)
+        result[..., ::2] = -0.0
+        result[..., ::4] = 0.0
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", SLICES)
+def test_zero_delta_keeps_every_bit(kind, dtype):
+    layer = make_layer(SLICES[kind], base=NegativeZeros(IN, OUT).to(dtype), init_weights=True)
+    layer.head_sparse_delta["default"] = nn.Parameter(layer.head_sparse_delta["default"].float())
+    x = torch.randn(7, IN, dtype=dtype)
+    expected = layer.base_layer(x)
+    assert (bits(expected) != bits(expected + 0.0)).any()  # there are negative zeros to lose
+    assert torch.equal(bits(layer(x)), bits(expected))
+
+
+def test_base_layers_own_forward_and_hooks_are_used():
+    layer = make_layer(SLICES["rows"])
+    x = torch.randn(3, IN)
+    seen = []
+    layer.base_layer.register_forward_hook(lambda module, args, output: seen.append((output, output.clone())))
+    before = layer(x).detach()
+    assert torch.equal(*seen[0])  # what the hook got was not changed behind its back
+    layer.base_layer.register_forward_hook(lambda module, args, output: output + 1)
+    torch.testing.assert_close(layer(x), before + 1)
+    layer.base_layer.register_full_backward_hook(lambda *args: None)  # forbids changes in place
+    layer(x.requires_grad_()).sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["scattered rows", "scattered columns"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fp32_delta_on_a_half_base(kind, dtype):
+    layer = make_layer(SLICES[kind], dtype=dtype, delta_dtype=torch.float32)
+    x = torch.randn(5, IN, dtype=dtype)
+    result = layer(x)
+    assert result.dtype == dtype
+    weight = layer.base_layer.weight.float() + dense_delta(layer)
+    expected = nn.functional.linear(x.float(), weight, layer.base_layer.bias.float())
+    torch.testing.assert_close(result.float(), expected, atol=0.05, rtol=0.02)
+    (result.float() ** 2).sum().backward()
+    assert layer.head_sparse_delta["default"].grad.dtype == torch.float32
+
+
+def test_new_adapter_is_active_and_trainable_unless_for_inference():
+    for inference_mode in (False, True):
+        config = HeadSparseConfig(init_weights=False, inference_mode=inference_mode)
+        layer = Linear(nn.Linear(IN, OUT), "named", SLICES["rows"], config)
+        assert layer.active_adapters == ["named"]
+        assert layer.head_sparse_delta["named"].requires_grad is not inference_mode
+
+
+def test_input_casting_can_be_turned_off():
+    layer = make_layer(SLICES["rows"], dtype=torch.bfloat16, delta_dtype=torch.float32)
+    x = torch.randn(5, IN, dtype=torch.bfloat16)
+    with disable_input_dtype_casting(layer), pytest.raises(RuntimeError, match="dtype"):
+        layer(x)
+    layer(x)
+
+
+def test_autocast():
+    layer = make_layer(SLICES["rows"])
+    x = torch.randn(5, IN)
+    with torch.autocast("cpu", torch.bfloat16):
+        result, base = layer(x), layer.base_layer(x)
+    assert result.dtype == base.dtype == torch.bfloat16
+    torch.testing.assert_close(result.float(), layer(x), atol=0.05, rtol=0.05)
+
+
+def add_adapters(layer):
+    """Two more adapters, which overlap the first one (rows 0, 3, 4, 9) and each other."""
+    for name, indices in (("b", (3, 4, 5)), ("c", (0, 4))):
+        layer.update_layer(name, WeightSlice(0, indices), HeadSparseConfig(init_weights=False))
+    layer.set_adapter(["default", "b", "c"])
+    return layer
+
+
+def test_active_adapters_add_up():
+    layer = add_adapters(make_layer(SLICES["scattered rows"]))
+    x = torch.randn(5, IN)
+    for names in ([], ["b"], ["c", "default"], ["default", "b", "c"], ["b", "of another layer"]):
+        layer.set_adapter(names)
+        dense = sum(dense_delta(layer, name) for name in names if name in layer.head_sparse_delta)
+        expected = nn.functional.linear(x, layer.base_layer.weight + dense, layer.base_layer.bias)
+        torch.testing.assert_close(layer(x), expected)
+        assert {n for n, delta in layer.head_sparse_delta.items() if delta.requires_grad} == set(names) & {
+            "default",
+            "b",
+            "c",
+        }
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), layer.base_layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_unmerge_restores_every_bit(dtype):
+    layer = with_deltas_of(add_adapters(make_layer(SLICES["scattered rows"], dtype=dtype)), torch.float32)
+    before = layer.base_layer.weight.detach().clone()
+    x = torch.randn(5, IN, dtype=dtype)
+    unmerged = layer(x)
+
+    layer.merge(adapter_names=["b"])
+    # added in fp32 and rounded once
+    assert torch.equal(layer.base_layer.weight, (before.float() + dense_delta(layer, "b")).to(dtype))
+    with pytest.warns(UserWarning, match="additionally merging default,c"):
+        layer.merge()
+    assert layer.merged_adapters == ["b", "default", "c"]
+    assert (layer.base_layer.weight != before).any(1).tolist() == [row in (0, 3, 4, 5, 9) for row in range(OUT)]
+    torch.testing.assert_close(layer(x), unmerged, **({} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.05}))
+
+    layer.unmerge()
+    assert not layer.merged
+    assert torch.equal(bits(layer.base_layer.weight), bits(before))
+    assert torch.equal(layer(x), unmerged)
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        layer.unmerge()
+
+
+def test_disabling_a_merged_layer_unmerges_it():
+    layer = make_layer(SLICES["columns"])
+    x = torch.randn(5, IN)
+    base = layer.base_layer(x)
+    layer.merge()
+    assert not torch.equal(layer(x), base)
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), base) and not layer.merged
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_safe_merge_finds_it_before_the_base_is_touched(broken):
+    layer = add_adapters(make_layer(SLICES["scattered rows"]))
+    before = layer.base_layer.weight.detach().clone()
+    with torch.no_grad():
+        layer.head_sparse_delta["c"][1, 2] = broken  # the last one: the others would be merged by then
+    with pytest.raises(ValueError, match=r"NaNs or infinities .* The adapter c seems to be broken"):
+        layer.merge(safe_merge=True)
+    assert torch.equal(layer.base_layer.weight, before) and not layer.merged
+    layer.merge(safe_merge=True, adapter_names=["default", "b"])
+    assert layer.merged_adapters == ["default", "b"]
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_merging_into_a_quantized_weight_is_refused(safe_merge):
+    base = nn.Linear(IN, OUT)
+    base.weight = nn.Parameter(torch.ones(OUT, IN, dtype=torch.int8), requires_grad=False)
+    layer = make_layer(SLICES["rows"], base=base)
+    assert layer.head_sparse_delta["default"].dtype == torch.float32
+    with pytest.raises(TypeError, match=r"Merging into a Linear with weights of torch\.int8 is not supported"):
+        layer.merge(safe_merge=safe_merge)
+    assert not layer.merged
+
+
+def test_unsupported_base_layer():
+    with (
+        pytest.warns(UserWarning, match="Unsupported layer type"),
+        pytest.raises(TypeError, match="layer type LayerNorm"),
+    ):
+        make_layer(SLICES["rows"], base=nn.LayerNorm(IN))
+
+
+def test_only_the_delta_is_in_the_state_dict():
+    layer = make_layer(SLICES["rows"])
+    assert set(layer.state_dict()) == {"base_layer.weight", "base_layer.bias", "head_sparse_delta.default"}
+    assert layer.head_sparse_delta["default"].shape == (3, IN)
+    assert make_layer(SLICES["columns"]).head_sparse_delta["default"].shape == (OUT, 3)
+
+
+def test_delete_adapter_leaves_nothing_of_it():
+    layer = add_adapters(make_layer(SLICES["scattered rows"]))
+    layer.delete_adapter("b")
+    for kept in (layer.head_sparse_delta, layer.head_sparse_slice, layer.head_sparse_index):
+        assert set(kept) == {"default", "c"}
+    assert layer.active_adapters == ["default", "c"]
+
+
+@pytest.mark.parametrize("kind", SLICES)
+def test_wraps_the_layer_of_another_adapter(kind):
+    x = torch.randn(5, IN)
+    inner = make_layer(SLICES["scattered rows"])
+    outer = make_layer(SLICES[kind], base=inner)
+    assert outer.get_base_layer() is inner.base_layer
+    expected = nn.functional.linear(
+        x, inner.base_layer.weight + dense_delta(inner) + dense_delta(outer), inner.base_layer.bias
+    )
+    torch.testing.assert_close(outer(x), expected)
+
+
+def test_indices_survive_the_meta_device():
+    layer = make_layer(SLICES["scattered rows"])
+    state = copy.deepcopy(layer.state_dict())
+    x = torch.randn(5, IN)
+    expected = layer(x)
+    layer.to("meta")
+    assert layer(x.to("meta")).shape == (5, OUT)
+    layer.to_empty(device="cpu")
+    layer.load_state_dict(state)
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(copy.deepcopy(layer)(x), expected)
