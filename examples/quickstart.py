@@ -28,7 +28,13 @@ from datasets import Dataset, disable_progress_bars
 from huggingface_hub import HfApi
 from peft import PeftModel
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+)
 
 from p2d_peft import P2DConfig, P2DTrainer
 
@@ -190,6 +196,7 @@ def train(
         target_dataset=target,
         processing_class=AutoTokenizer.from_pretrained(model_name),
     )
+    trainer.remove_callback(PrinterCallback)  # this script prints what there is to say
     trainer.train()
     return trainer
 
