@@ -18,7 +18,8 @@ _FORMAT = "p2d_peft.P2DReport"
 _SCHEMA = 1
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """The versions of Python and of the libraries that a result depends on."""
     packages = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
     return {"python": platform.python_version(), **{package: version(package) for package in packages}}
 
@@ -71,7 +72,7 @@ class P2DReport:
     scorer: str
     trainable_parameters: int
     total_parameters: int
-    versions: dict[str, str] = field(default_factory=_versions)
+    versions: dict[str, str] = field(default_factory=library_versions)
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON to the file `path`."""
