@@ -3,5 +3,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
-bash scripts/environment.sh "$venv" test,quickstart
+bash scripts/environment.sh "$venv" test,quickstart,bitsandbytes
 exec "$venv/bin/python" -m pytest "$@"

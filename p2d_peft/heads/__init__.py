@@ -2,8 +2,20 @@
 
 from .geometry import AttentionGeometry, ModelGeometry, Units
 from .head_set import Head, HeadSet
+from .layouts import AttentionLayout, HeadSizes, register_attention_layout
 from .localize import localize_heads
 from .scores import HeadScores
 
 
-__all__ = ["AttentionGeometry", "Head", "HeadScores", "HeadSet", "ModelGeometry", "Units", "localize_heads"]
+__all__ = [
+    "AttentionGeometry",
+    "AttentionLayout",
+    "Head",
+    "HeadScores",
+    "HeadSet",
+    "HeadSizes",
+    "ModelGeometry",
+    "Units",
+    "localize_heads",
+    "register_attention_layout",
+]

@@ -2,37 +2,60 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from ..files import read_json, write_json
 
 
+# The address of a layer: its number, or "<stack>.<number>" in a model with several stacks of attention, such as
+# "encoder.0", "decoder.3" or "cross.3". To a type checker it is `int | Any` and not `int | str`: most code is for models
+# with one stack and should not have to rule out the other kind.
+Layer: TypeAlias = int | Any
+
 _FORMAT = "p2d_peft.HeadSet"
+_STACK_AND_NUMBER = re.compile(r"([A-Za-z_]\w*)\.(0|[1-9]\d*)", re.ASCII)
 
 
 class Head(NamedTuple):
-    """The address of one query head: its layer and its index within that layer, both counted from 0."""
+    """
+    The address of one query head.
 
-    layer: int
+    Args:
+        layer (`int` or `str`):
+            The layer, counted from 0. In models with several stacks of attention `"<stack>.<number>"`: `"encoder.0"`,
+            `"decoder.0"` and `"cross.0"` are the first layers of encoder self-attention, decoder self-attention and
+            cross-attention.
+        head (`int`): The index within the layer, counted from 0.
+    """
+
+    layer: Layer
     head: int
+
+
+def layer_order(layer: Layer) -> tuple[str, int]:
+    """What layers are sorted by: the stack's name, then the number."""
+    if not isinstance(layer, str):
+        return "", layer
+    stack, _, number = layer.rpartition(".")
+    return stack, int(number)
 
 
 class HeadSet(Set, Hashable):
     """
-    An immutable set of attention heads, ordered by layer and then by index.
+    An immutable set of attention heads, ordered by layer (by stack and number) and then by index.
 
     It behaves like a `frozenset` of `(layer, head)` pairs (`in`, `len`, `==`, `<=`, `|`, `&`, `-`, `^`, usable as a
     dictionary key), iterates in order, and goes to JSON and back.
 
     Args:
-        heads (`Iterable[tuple[int, int]]`, *optional*):
-            The `(layer, head)` pairs. The order does not matter; a pair that is given twice is an error.
+        heads (`Iterable[tuple[int | str, int]]`, *optional*):
+            The `(layer, head)` pairs, see [`Head`]. The order does not matter; a pair that is given twice is an error.
 
     Raises:
-        `TypeError`: if an element is not a pair of integers.
+        `TypeError`: if an element is not a pair of integers, or of a string like `"encoder.0"` and an integer.
         `ValueError`: if an index is negative or a pair is given twice.
 
     Example:
@@ -47,40 +70,43 @@ class HeadSet(Set, Hashable):
     HeadSet({0: [1], 2: [0, 3], 5: [5]})
     >>> (2, 3) in heads, len(heads), heads.layers
     (True, 3, (0, 2))
+    >>> HeadSet([("encoder.1", 2), ("cross.0", 1)])  # of an encoder-decoder
+    HeadSet({'cross.0': [1], 'encoder.1': [2]})
     ```
     """
 
     __slots__ = ("_heads", "_members")
 
-    def __init__(self, heads: Iterable[tuple[int, int]] = ()) -> None:
+    def __init__(self, heads: Iterable[tuple[Layer, int]] = ()) -> None:
         members: list[Head] = []
         for pair in heads:
-            if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(_is_index(part) for part in pair)):
+            if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and _is_layer(pair[0]) and _is_index(pair[1])):
                 raise TypeError(
-                    f"`heads` must hold (layer, head) pairs of integers, got {pair!r}. For a mapping from layers to "
-                    "lists of heads use `HeadSet.from_layers`."
+                    f"`heads` must hold (layer, head) pairs of integers, got {pair!r}. A layer of an encoder-decoder is "
+                    "a string like 'encoder.0', 'decoder.0' or 'cross.0'. For a mapping from layers to lists of heads "
+                    "use `HeadSet.from_layers`."
                 )
-            head = Head(int(pair[0]), int(pair[1]))
-            if min(head) < 0:
+            head = Head(pair[0] if isinstance(pair[0], str) else int(pair[0]), int(pair[1]))
+            if head.head < 0 or (not isinstance(head.layer, str) and head.layer < 0):
                 raise ValueError(f"`heads` must hold indices counted from 0, got {tuple(head)}.")
             members.append(head)
-        self._heads: tuple[Head, ...] = tuple(sorted(members))
+        self._heads: tuple[Head, ...] = tuple(sorted(members, key=lambda head: (layer_order(head.layer), head.head)))
         self._members = frozenset(self._heads)
         if len(self._members) != len(self._heads):
             twice = next(a for a, b in zip(self._heads, self._heads[1:], strict=False) if a == b)
             raise ValueError(f"`heads` holds {tuple(twice)} more than once; give each head once.")
 
     @classmethod
-    def from_layers(cls, layers: Mapping[int, Iterable[int]] | Mapping[str, Iterable[int]]) -> HeadSet:
+    def from_layers(cls, layers: Mapping[Any, Iterable[int]]) -> HeadSet:
         """
         Build the set from a mapping of layers to the indices of their heads.
 
         Args:
             layers (`Mapping[int | str, Iterable[int]]`):
-                For each layer, its heads. Keys may be strings of digits, as JSON makes them.
+                For each layer, its heads. Strings of digits, as JSON makes them of numbers, become numbers.
         """
         return cls(
-            (int(layer) if isinstance(layer, str) and layer.isdecimal() else layer, head)  # type: ignore[misc]
+            (int(layer) if isinstance(layer, str) and layer.isdecimal() else layer, head)
             for layer, heads in layers.items()
             for head in heads
         )
@@ -91,13 +117,13 @@ class HeadSet(Set, Hashable):
         return cls(set(it))
 
     @property
-    def layers(self) -> tuple[int, ...]:
+    def layers(self) -> tuple[Layer, ...]:
         """The layers that hold at least one head of the set, in ascending order."""
-        return tuple(sorted({head.layer for head in self._heads}))
+        return tuple(self.by_layer())
 
-    def by_layer(self) -> dict[int, list[int]]:
+    def by_layer(self) -> dict[Layer, list[int]]:
         """The set as a new dictionary from each layer to the ascending list of its heads."""
-        layers: dict[int, list[int]] = {}
+        layers: dict[Layer, list[int]] = {}
         for layer, head in self._heads:
             layers.setdefault(layer, []).append(head)
         return layers
@@ -147,7 +173,11 @@ class HeadSet(Set, Hashable):
         return HeadSet, (self._heads,)
 
     def __repr__(self) -> str:
-        return f"HeadSet({json.dumps(self.by_layer()).replace(chr(34), '')})"
+        return f"HeadSet({self.by_layer()})"
+
+
+def _is_layer(value: object) -> bool:
+    return _STACK_AND_NUMBER.fullmatch(value) is not None if isinstance(value, str) else _is_index(value)
 
 
 def _is_index(value: object) -> bool:

@@ -39,7 +39,7 @@ def localize_heads(
 
     Args:
         model (`nn.Module`):
-            A causal language model. All methods but `random` need floating-point weights.
+            A causal language model; encoder-decoders are refused. All methods but `random` need floating-point weights.
         batches (`Iterable[Batch]`):
             About 100 samples of the task, as a data loader gives them: mappings with `input_ids`, `attention_mask` and
             `labels` of shape (B, T), int64, labels -100 on tokens that do not count.
@@ -54,8 +54,8 @@ def localize_heads(
         [`HeadScores`]: the table; `.top(0.1)` is the set of heads that the paper goes on with.
 
     Raises:
-        `ValueError`: if the method is unknown, the model's attention is not supported, its weights have no gradients,
-            `batches` holds nothing that counts, or a score is not a number.
+        `ValueError`: if the method is unknown, the model's attention is not supported or in several stacks, its
+            weights have no gradients, `batches` holds nothing that counts, or a score is not a number.
 
     Example:
 
@@ -68,6 +68,11 @@ def localize_heads(
     if method not in _METHODS:
         raise ValueError(f"`method` must be one of {', '.join(map(repr, _METHODS))}, got {method!r}.")
     geometry = ModelGeometry.of(model)
+    if geometry.stacks:
+        raise ValueError(
+            f"`model` ({type(model).__name__}) has several stacks of attention ({', '.join(geometry.stacks)}); heads are "
+            "localized in models with one stack. Choose the heads of this one by hand."
+        )
     counted = _Counted(batches)
     start = time.perf_counter()
     with preserved_state(model):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
 from ..model_state import model_device
-from .geometry import ModelGeometry, Role
+from .geometry import AttentionGeometry, ModelGeometry, Role
 from .weights import Batch, attention_weights
 
 
@@ -48,10 +48,11 @@ def proxy_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[Ba
     for parameter in model.parameters():
         parameter.requires_grad = False
     for weight in weights.values():
-        weight.requires_grad = True
+        weight.parameter.requires_grad = True
 
-    before = {key: weight.detach().clone() for key, weight in weights.items()}
-    masters = {key: nn.Parameter(weight.detach().to(torch.float32, copy=True)) for key, weight in weights.items()}
+    parameters = {name: weight.parameter for name, weight in weights.items()}
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    masters = {name: nn.Parameter(p.detach().to(torch.float32, copy=True)) for name, p in parameters.items()}
     optimizer = torch.optim.AdamW(masters.values(), lr=LEARNING_RATE, weight_decay=0.0)
     steps = 0
     try:
@@ -59,29 +60,32 @@ def proxy_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[Ba
             if not (batch["labels"][:, 1:] != -100).any():
                 continue
             loss = model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False).loss
-            gradients = torch.autograd.grad(loss, list(weights.values()))
+            gradients = torch.autograd.grad(loss, list(parameters.values()))
             for master, gradient in zip(masters.values(), gradients, strict=True):
                 master.grad = gradient.float()
             optimizer.step()
             with torch.no_grad():
-                for key, weight in weights.items():
-                    weight.copy_(masters[key])
+                for name, parameter in parameters.items():
+                    parameter.copy_(masters[name])
             steps += 1
     finally:
         with torch.no_grad():
-            for key, weight in weights.items():
-                weight.copy_(before[key])
+            for name, parameter in parameters.items():
+                parameter.copy_(before[name])
     if not steps:
         raise ValueError("`batches` holds no sample with a token that counts (a label other than -100).")
+
+    def slices(tensors: Mapping[str, torch.Tensor], attention: AttentionGeometry, head: int) -> list[torch.Tensor]:
+        names = {role: attention.units(role).module for role in SCORED_ROLES}
+        return [
+            weights[name].as_linear(tensors[name].detach())[attention.head_slice(role, head)]
+            for role, name in names.items()
+        ]
 
     scores = torch.full(geometry.shape, torch.nan, dtype=torch.float64)
     for layer, attention in geometry.items():
         for head in range(attention.n_heads):
-            rows = {role: attention.head_slice(role, head) for role in SCORED_ROLES}
-            scores[layer, head] = weight_shift(
-                [before[layer, role][rows[role]] for role in SCORED_ROLES],
-                [masters[layer, role].detach()[rows[role]] for role in SCORED_ROLES],
-            )
+            scores[layer, head] = weight_shift(slices(before, attention, head), slices(masters, attention, head))
     return scores
 
 
@@ -95,6 +99,9 @@ def weight_shift(before: list[torch.Tensor], after: list[torch.Tensor]) -> float
     product lies at `j / (n - 1)` on the unit interval, so the distance is the mean gap between the cumulative sums. Its
     K and V are those of the head's group, as the paper says (the published code takes the query head's index).
 
+    Ours: where a query has more rows than its key, an output gate (Qwen3-Next) or a part whose key all heads share
+    (latent attention), those come last and are left out, as there is no row of the key to pair them with.
+
     Args:
         before (`list[torch.Tensor]`): The head's rows of the weights of q, k and v, each of shape (D, hidden).
         after (`list[torch.Tensor]`): The same after the run.
@@ -105,7 +112,7 @@ def weight_shift(before: list[torch.Tensor], after: list[torch.Tensor]) -> float
 
     def distribution(slices: list[torch.Tensor]) -> torch.Tensor:
         w_q, w_k, w_v = (part.double() for part in slices)
-        return torch.softmax((w_q.T @ (w_k @ w_v.T)).flatten(), dim=0)
+        return torch.softmax((w_q[: len(w_k)].T @ (w_k @ w_v.T)).flatten(), dim=0)
 
     gaps = torch.cumsum(distribution(after) - distribution(before), dim=0).abs()
     return float(gaps.sum() / max(gaps.numel() - 1, 1))

@@ -36,22 +36,25 @@ def taylor_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[B
     for parameter in model.parameters():
         parameter.requires_grad = False
     for weight in weights.values():
-        weight.requires_grad = True
+        weight.parameter.requires_grad = True
+    parts = [(layer, role, attention.units(role)) for layer, attention in geometry.items() for role in ROLES]
     sums = {
         (layer, role): torch.zeros(
-            len(attention.units(role).starts), dtype=torch.float64, device=weights[layer, role].device
+            len(units.starts), dtype=torch.float64, device=weights[units.module].parameter.device
         )
-        for layer, attention in geometry.items()
-        for role in ROLES
+        for layer, role, units in parts
     }
     n_samples = 0
     for row in single_rows(batches, model):
         loss = model(**row, use_cache=False).loss
         # autograd.grad leaves every .grad of the model alone
-        gradients = torch.autograd.grad(loss, list(weights.values()))
-        for (layer, role), gradient in zip(weights, gradients, strict=True):
-            products = (gradient * weights[layer, role].detach()).abs()
-            sums[layer, role] += unit_sums(products, geometry[layer].units(role))
+        gradients = torch.autograd.grad(loss, [weight.parameter for weight in weights.values()])
+        products = {
+            name: weight.as_linear((gradient * weight.parameter.detach()).abs())
+            for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
+        }
+        for layer, role, units in parts:
+            sums[layer, role] += unit_sums(products[units.module], units)
         n_samples += 1
     if not n_samples:
         raise ValueError("`batches` holds no sample with a token that counts (a label other than -100).")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..model_state import model_device
 from .geometry import ROLES, AttentionGeometry, ModelGeometry, Role, Units, base_layer
@@ -15,8 +17,28 @@ from .geometry import ROLES, AttentionGeometry, ModelGeometry, Role, Units, base
 # What a causal language model takes as keyword arguments: input_ids, attention_mask and labels of shape (B, T), int64;
 # labels are -100 on tokens that do not count.
 Batch: TypeAlias = Mapping[str, torch.Tensor]
-# the weight of each role's projection in each layer, shape (out_features, in_features)
-AttentionWeights: TypeAlias = dict[tuple[int, Role], nn.Parameter]
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectionWeight:
+    """
+    The weight of one projection.
+
+    Args:
+        parameter (`nn.Parameter`): The weight as the model stores it.
+        transposed (`bool`): Whether that is (in_features, out_features), as in GPT-2's Conv1D.
+    """
+
+    parameter: nn.Parameter
+    transposed: bool
+
+    def as_linear(self, values: torch.Tensor) -> torch.Tensor:
+        """A tensor of the parameter's shape, such as its gradient, as a view of shape (out_features, in_features)."""
+        return values.T if self.transposed else values
+
+
+# by the name of the projection; several roles may share one
+AttentionWeights: TypeAlias = dict[str, ProjectionWeight]
 
 
 def attention_weights(model: nn.Module, geometry: ModelGeometry, method: str) -> AttentionWeights:
@@ -32,17 +54,17 @@ def attention_weights(model: nn.Module, geometry: ModelGeometry, method: str) ->
         `ValueError`: if a weight is quantized or on the meta device: its gradients do not exist.
     """
     weights: AttentionWeights = {}
-    for layer, attention in geometry.items():
-        for role in ROLES:
-            name = attention.units(role).module
-            weight = base_layer(model.get_submodule(name)).weight
+    for attention in geometry.values():
+        for name in dict.fromkeys(attention.units(role).module for role in ROLES):
+            layer = base_layer(model.get_submodule(name))
+            weight = layer.weight
             if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or weight.is_meta:
                 raise ValueError(
                     f"`method`='{method}' needs the gradients of floating-point weights, but '{name}.weight' is "
                     f"{weight.dtype} on {weight.device}. Localize on an unquantized copy of the model and pass the "
                     "heads on, or use `method`='random'."
                 )
-            weights[layer, role] = weight
+            weights[name] = ProjectionWeight(weight, isinstance(layer, Conv1D))
     return weights
 
 

@@ -50,6 +50,19 @@ def test_takes_numpy_integers_and_keeps_plain_ones():
     assert type(head.layer) is int and type(head.head) is int
 
 
+def test_layers_of_several_stacks_are_strings_in_natural_order(tmp_path):
+    heads = HeadSet([("encoder.10", 1), ("encoder.2", 0), ("decoder.3", 2), ("cross.0", 3), ("decoder.3", 0)])
+    assert heads.layers == ("cross.0", "decoder.3", "encoder.2", "encoder.10")
+    assert list(heads)[:3] == [("cross.0", 3), ("decoder.3", 0), ("decoder.3", 2)]
+    assert ("encoder.2", 0) in heads and ("encoder.2", 1) not in heads
+    assert repr(heads) == "HeadSet({'cross.0': [3], 'decoder.3': [0, 2], 'encoder.2': [0], 'encoder.10': [1]})"
+    heads.save(tmp_path / "heads.json")
+    assert HeadSet.load(tmp_path / "heads.json") == heads == pickle.loads(pickle.dumps(heads))
+    assert HeadSet.from_layers(heads.by_layer()) == heads
+    assert heads & HeadSet([("cross.0", 3)]) == HeadSet([("cross.0", 3)])
+    assert HeadSet([("encoder.0", 1), (5, 0)]).layers == (5, "encoder.0")
+
+
 @pytest.mark.parametrize(
     ("heads", "error", "message"),
     [
@@ -58,6 +71,12 @@ def test_takes_numpy_integers_and_keeps_plain_ones():
         ([(0, 1.0)], TypeError, r"pairs of integers, got \(0, 1\.0\)"),
         ([(0, True)], TypeError, "pairs of integers"),
         ([3], TypeError, "pairs of integers, got 3"),
+        ([("encoder", 1)], TypeError, r"got \('encoder', 1\)\. A layer of an encoder-decoder is a string like"),
+        ([("encoder.01", 1)], TypeError, "pairs of integers"),
+        ([("encoder.-1", 1)], TypeError, "pairs of integers"),
+        ([("0", 1)], TypeError, "pairs of integers"),
+        ([("encoder.0", -1)], ValueError, "counted from 0"),
+        ([("encoder.0", 1), ("encoder.0", 1)], ValueError, r"\('encoder\.0', 1\) more than once"),
         ({0: [1]}, TypeError, "from_layers"),
     ],
 )

@@ -411,6 +411,8 @@ def test_a_model_without_supported_heads_is_refused_before_the_pool_is_tokenized
         raise AssertionError("tokenized")
 
     monkeypatch.setattr(SFTTrainer, "_prepare_dataset", never)
-    config_ = transformers.GPT2Config(vocab_size=96, n_embd=16, n_head=2, n_layer=1)
-    with pytest.raises(ValueError, match=r"Unsupported attention in `model` \(GPT2LMHeadModel\)"):
+    config_ = transformers.PersimmonConfig(
+        vocab_size=96, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    with pytest.raises(ValueError, match=r"PersimmonForCausalLM"):
         trainer(tmp_path, model=transformers.AutoModelForCausalLM.from_config(config_))

@@ -4,11 +4,21 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.utils import register_peft_method
 
 from .config import HEAD_SPARSE, HeadSparseConfig
-from .layer import HeadSparseLayer, Linear, WeightSlice
+from .layer import HeadSparseLayer, WeightSlice
+from .linear import Linear
+from .lora import convert_to_lora, save_as_lora
 from .model import HeadSparseModel
 
 
-__all__ = ["HeadSparseConfig", "HeadSparseLayer", "HeadSparseModel", "Linear", "WeightSlice"]
+__all__ = [
+    "HeadSparseConfig",
+    "HeadSparseLayer",
+    "HeadSparseModel",
+    "Linear",
+    "WeightSlice",
+    "convert_to_lora",
+    "save_as_lora",
+]
 
 # A name can be registered once. Where this module is imported anew (a reload, a test runner that purges modules), the
 # earlier registration gives way to the new classes; a method of another package with the same name does not.

@@ -1,19 +1,24 @@
 """
-The layer of HeadSparse: a frozen linear layer and, for each adapter, a trained delta on a few of its rows or columns.
+What every layer of HeadSparse has: for each adapter a trained delta on a few rows or columns of a frozen weight, and how
+it goes into that weight and out again.
 
 Legend of tensor shapes: B batch, T tokens (any leading dimensions will do), I input features, O output features,
-N rows or columns of the slice.
+N rows or columns of the slice, R rank.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ...heads.geometry import ROWS
 from .config import HeadSparseConfig
@@ -22,7 +27,7 @@ from .config import HeadSparseConfig
 @dataclass(frozen=True)
 class WeightSlice:
     """
-    Some rows or columns of a weight of shape (out_features, in_features).
+    Some rows or columns of a linear map's weight of shape (out_features, in_features).
 
     Args:
         dim (`int`): 0 for rows (outputs), 1 for columns (inputs).
@@ -41,9 +46,14 @@ class HeadSparseLayer(BaseTunerLayer):
     """
     What every layer of HeadSparse has: the deltas, where they belong, and merging.
 
+    An adapter has either `head_sparse_delta` or, if its config has an `r`, `head_sparse_A` and `head_sparse_B`.
+
     Attributes:
         head_sparse_delta (`nn.ParameterDict`):
             For each adapter its delta, of shape (N, in_features) for rows or (out_features, N) for columns.
+        head_sparse_A, head_sparse_B (`nn.ParameterDict`):
+            For each adapter the factors of its delta, `B @ A`: of shape (R, in_features) and (N, R) for rows, or
+            (R, N) and (out_features, R) for columns.
         head_sparse_slice (`dict[str, WeightSlice]`):
             For each adapter the rows or columns that its delta is added to.
         head_sparse_index (`dict[str, torch.Tensor]`):
@@ -53,21 +63,26 @@ class HeadSparseLayer(BaseTunerLayer):
     """
 
     # All names of layers that may contain (trainable) adapter weights
-    adapter_layer_names = ("head_sparse_delta",)
+    adapter_layer_names = ("head_sparse_delta", "head_sparse_A", "head_sparse_B")
     # All names of other parameters that may contain adapter-related parameters
     other_param_names = ("head_sparse_slice", "head_sparse_index")
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
         self.head_sparse_delta = nn.ParameterDict({})
+        self.head_sparse_A = nn.ParameterDict({})
+        self.head_sparse_B = nn.ParameterDict({})
         self.head_sparse_slice: dict[str, WeightSlice] = {}
         self.head_sparse_index: dict[str, torch.Tensor] = {}
-        # for each merged adapter: where it was merged into, and what was there before
-        self._replaced: dict[str, tuple[tuple[Any, ...], torch.Tensor]] = {}
+        # for each merged adapter: what was in its slice before
+        self._replaced: dict[str, torch.Tensor] = {}
         self.merged_adapters: list[str] = []
         # turned off by `peft.helpers.disable_input_dtype_casting`
         self.cast_input_dtype_enabled = True
 
+        # a Conv1D keeps the weight of its linear map transposed
+        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         in_features, out_features = _get_in_out_features(self.get_base_layer())
         if in_features is None or out_features is None:
             raise TypeError(f"Unsupported layer type {type(self.get_base_layer()).__name__}")
@@ -86,33 +101,63 @@ class HeadSparseLayer(BaseTunerLayer):
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         if dtype is not None and not dtype.is_floating_point:
             dtype = None  # a quantized weight
-        delta = torch.zeros(weight_slice.shape(self.in_features, self.out_features), device=device, dtype=dtype)
-        if not config.init_weights:
-            nn.init.normal_(delta, std=0.02)
+        rows, columns = weight_slice.shape(self.in_features, self.out_features)
         self.head_sparse_slice[adapter_name] = weight_slice
         self.head_sparse_index[adapter_name] = torch.tensor(weight_slice.indices, device="cpu")
-        self.head_sparse_delta[adapter_name] = nn.Parameter(delta)
+        if config.r is None:
+            delta = torch.zeros(rows, columns, device=device, dtype=dtype)
+            if not config.init_weights:
+                nn.init.normal_(delta, std=0.02)
+            self.head_sparse_delta[adapter_name] = nn.Parameter(delta)
+        else:
+            A = torch.empty(config.r, columns, device=device, dtype=dtype)
+            B = torch.zeros(rows, config.r, device=device, dtype=dtype)
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            if not config.init_weights:
+                nn.init.normal_(B, std=0.02)
+            self.head_sparse_A[adapter_name] = nn.Parameter(A)
+            self.head_sparse_B[adapter_name] = nn.Parameter(B)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _add_delta(self, result_BTO: torch.Tensor, x_BTI: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """Add the share of an adapter to the base layer's output, in the dtype of that output."""
-        delta = self.head_sparse_delta[adapter_name]
         index_N = self._index(adapter_name, x_BTI.device)
         on_rows = self.head_sparse_slice[adapter_name].dim == ROWS
-
         x = x_BTI if on_rows else x_BTI.index_select(-1, index_N)
-        y = nn.functional.linear(self._cast_input_dtype(x, delta.dtype), delta).to(result_BTO.dtype)
+        if adapter_name in self.head_sparse_delta:
+            delta = self.head_sparse_delta[adapter_name]
+            y = nn.functional.linear(self._cast_input_dtype(x, delta.dtype), delta)
+        else:
+            A, B = self.head_sparse_A[adapter_name], self.head_sparse_B[adapter_name]
+            y = nn.functional.linear(nn.functional.linear(self._cast_input_dtype(x, A.dtype), A), B)
         # Subtracting 0 - y, and not adding y: r + 0.0 makes -0.0 to 0.0, while r - 0.0 is r in each bit, and 0 - y is
         # +0.0 for a zero of either sign. Never in place: hooks of the base layer may hold on to its output.
-        minus_y = 0.0 - y
+        minus_y = 0.0 - y.to(result_BTO.dtype)
         return result_BTO.index_add(-1, index_N, minus_y, alpha=-1) if on_rows else result_BTO - minus_y
 
+    def get_slice_delta(self, adapter_name: str) -> torch.Tensor:
+        """The delta of an adapter on its slice, of shape (N, in_features) for rows or (out_features, N) for columns."""
+        if adapter_name in self.head_sparse_delta:
+            return self.head_sparse_delta[adapter_name]
+        A, B = self.head_sparse_A[adapter_name], self.head_sparse_B[adapter_name]
+        # at least in fp32: the product is rounded once, where it is merged
+        dtype = torch.promote_types(A.dtype, torch.float32)
+        return B.to(dtype) @ A.to(dtype)
+
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """The delta of an adapter as a dense tensor of shape (out_features, in_features), in the delta's dtype."""
-        delta = self.head_sparse_delta[adapter_name]
+        """The delta of an adapter as a dense tensor of the shape of the base weight, zero outside of the slice."""
+        delta = self.get_slice_delta(adapter_name)
         dense = delta.new_zeros(self.out_features, self.in_features)
         dense[self._where(adapter_name, delta.device)] = delta
-        return dense
+        return dense.T if self.fan_in_fan_out else dense
+
+    def get_base_weight(self) -> torch.Tensor:
+        if self.quantization_backend is not None:
+            # In a forward pass for inference on the CPU, bitsandbytes reorders 4-bit weights in a way that PEFT's backend
+            # would misread. It puts the order back to save them.
+            self.get_base_layer().state_dict()
+        weight: torch.Tensor = super().get_base_weight()
+        return weight
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
         """
@@ -124,18 +169,20 @@ class HeadSparseLayer(BaseTunerLayer):
         Raises:
             `ValueError`: if there are such values; the message names the adapter.
         """
-        weight = self.get_base_weight().clone()
+        weight_OI = self._as_linear(self.get_base_weight()).clone()
         for adapter_name in self._names_here(adapter_names):
             if adapter_name not in self.merged_adapters:
-                self._merge_into(weight, adapter_name)
-                if not torch.isfinite(weight).all():
+                self._merge_into(weight_OI, adapter_name)
+                if not torch.isfinite(weight_OI).all():
                     raise ValueError(
-                        f"NaNs or infinities detected in the merged weights. The adapter {adapter_name} seems to be broken"
+                        f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
                     )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """
         Add the deltas of adapters to the base weight, and keep what was there before.
+
+        A weight that is quantized is dequantized for it and quantized again, if its backend can.
 
         Args:
             safe_merge (`bool`, *optional*, defaults to `False`): Try it on a copy first and look for NaNs.
@@ -143,46 +190,64 @@ class HeadSparseLayer(BaseTunerLayer):
 
         Raises:
             `ValueError`: if `safe_merge` finds NaN or an infinity. The base weight is untouched then.
-            `TypeError`: if the base weight is quantized.
+            `TypeError`: if the base weight is quantized in a way that PEFT cannot merge into.
         """
-        adapter_names = check_adapters_to_merge(self, adapter_names)
+        names = self._names_here(check_adapters_to_merge(self, adapter_names))
+        if not names:
+            return
         if safe_merge:
-            self.check_merge(adapter_names)
-        for adapter_name in self._names_here(adapter_names):
-            self._replaced[adapter_name] = self._merge_into(self.get_base_weight(), adapter_name)
+            self.check_merge(names)
+        weight = self.get_base_weight()
+        for adapter_name in names:
+            self._replaced[adapter_name] = self._merge_into(self._as_linear(weight), adapter_name)
             self.merged_adapters.append(adapter_name)
+        self._store(weight)
 
     def unmerge(self) -> None:
-        """Put back what was in the base weight before the merged adapters, bit for bit."""
+        """
+        Put back what was in the base weight before the merged adapters, bit for bit. (A quantized weight comes back as
+        close as quantizing it again can do.)
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        weight = self.get_base_weight()
         # the last one first: adapters may overlap
         while self.merged_adapters:
-            where, replaced = self._replaced.pop(self.merged_adapters.pop())
-            weight = self.get_base_weight()
-            weight[where] = replaced.to(weight)
+            adapter_name = self.merged_adapters.pop()
+            replaced = self._replaced.pop(adapter_name)
+            self._as_linear(weight)[self._where(adapter_name, weight.device)] = replaced.to(weight)
+        self._store(weight)
 
-    def _merge_into(self, weight_OI: torch.Tensor, adapter_name: str) -> tuple[tuple[Any, ...], torch.Tensor]:
-        """Add a delta to a weight in place; returns where, and what was there before."""
+    def _merge_into(self, weight_OI: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """Add a delta to a weight in place; returns what was in its slice before."""
         if not weight_OI.is_floating_point():
             raise TypeError(
                 f"Merging into a {type(self.get_base_layer()).__name__} with weights of {weight_OI.dtype} is not supported."
             )
-        delta = self.head_sparse_delta[adapter_name].detach()
+        delta = self.get_slice_delta(adapter_name).detach()
         where = self._where(adapter_name, weight_OI.device)
         replaced = weight_OI[where].clone()
         # added in the wider of the two dtypes and rounded once
-        weight_OI[where] = (replaced + delta).to(weight_OI.dtype)
-        return where, replaced
+        weight_OI[where] = (replaced + delta.to(weight_OI.device)).to(weight_OI.dtype)
+        return replaced
 
-    def _names_here(self, adapter_names: list[str] | None = None) -> list[str]:
+    def _store(self, weight: torch.Tensor) -> None:
+        """Keep a changed base weight. One that is not quantized was changed in place, and stays tied to its others."""
+        if self.quantization_backend is not None:
+            self.set_base_weight(weight)
+
+    def _as_linear(self, weight: torch.Tensor) -> torch.Tensor:
+        """The base layer's weight as a view of shape (out_features, in_features)."""
+        return weight.T if self.fan_in_fan_out else weight
+
+    def _names_here(self, adapter_names: Sequence[str] | None = None) -> list[str]:
         """Those of the adapters, all active ones by default, that have a delta in this layer."""
         names = self.active_adapters if adapter_names is None else adapter_names
-        return [name for name in names if name in self.head_sparse_delta]
+        return [name for name in names if name in self.head_sparse_slice]
 
     def _where(self, adapter_name: str, device: torch.device) -> tuple[Any, ...]:
-        """The slice as an index into a weight on a device."""
+        """The slice as an index into a linear map's weight on a device."""
         index_N = self._index(adapter_name, device)
         return (index_N,) if self.head_sparse_slice[adapter_name].dim == ROWS else (slice(None), index_N)
 
@@ -196,57 +261,16 @@ class HeadSparseLayer(BaseTunerLayer):
             self.head_sparse_index[adapter_name] = moved_N
         return moved_N
 
+    def parameters_of(self, adapter_name: str) -> list[tuple[nn.ParameterDict, nn.Parameter]]:
+        """The parameters of an adapter, with the dictionaries that hold them."""
+        dictionaries = [getattr(self, name) for name in self.adapter_layer_names]
+        return [(dictionary, dictionary[adapter_name]) for dictionary in dictionaries if adapter_name in dictionary]
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT calls this after it loaded an adapter with `low_cpu_mem_usage`. Its own version also casts to the base's
         # dtype, which would round trained fp32 deltas to bf16, and makes them trainable.
-        if adapter_name not in self.head_sparse_delta:
-            return
-        delta = self.head_sparse_delta[adapter_name]
         if device is None:
             device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        if not delta.is_meta:
-            self.head_sparse_delta[adapter_name] = nn.Parameter(delta.to(device), requires_grad=delta.requires_grad)
-
-
-class Linear(nn.Module, HeadSparseLayer):
-    """
-    HeadSparse on a linear layer.
-
-    The output is that of the base layer's own forward pass, whose hooks keep working, plus the delta's share: a small
-    product on the chosen outputs (rows), or of the chosen inputs (columns). A delta of zero leaves the base layer's
-    output as it is, bit for bit.
-
-    Args:
-        base_layer (`nn.Module`): The linear layer, or another adapter's layer around it.
-        adapter_name (`str`): The first adapter's name.
-        weight_slice (`WeightSlice`): The rows or columns to train.
-        config (`HeadSparseConfig`): The adapter's configuration.
-    """
-
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, weight_slice: WeightSlice, config: HeadSparseConfig
-    ) -> None:
-        super().__init__()
-        HeadSparseLayer.__init__(self, base_layer)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, weight_slice, config)
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """
-        Args:
-            x (`torch.Tensor`): Input of shape (..., in_features); further arguments go to the base layer.
-
-        Returns:
-            `torch.Tensor`: Output of shape (..., out_features), in the dtype of the base layer's output.
-        """
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return result
-        for adapter_name in self._names_here():
-            result = self._add_delta(result, x, adapter_name)
-        return result
-
-    def __repr__(self) -> str:
-        return "head_sparse." + super().__repr__()
+        for dictionary, parameter in self.parameters_of(adapter_name):
+            if not parameter.is_meta:
+                dictionary[adapter_name] = nn.Parameter(parameter.to(device), parameter.requires_grad)

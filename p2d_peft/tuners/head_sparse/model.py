@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists, onload_layer
+from peft.utils import get_quantization_kwargs
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from ...heads.geometry import ROLES, ROWS, AttentionGeometry, ModelGeometry, Role
+from .combination import combined_config, combined_delta
 from .config import HeadSparseConfig
-from .layer import HeadSparseLayer, Linear, WeightSlice
+from .layer import HeadSparseLayer, WeightSlice
+from .linear import Linear
+from .mixed_batch import adapter_names_given
 
 
 class HeadSparseModel(BaseTuner):
@@ -82,8 +89,16 @@ class HeadSparseModel(BaseTuner):
         for attention in geometry.values():
             for role in ROLES:
                 self._parts.setdefault(attention.units(role).module, []).append((attention, role))
-        if not any(self._check_target_module_exists(config, name) for name in self._parts):
-            holding = [name for name in self._parts if self._weight_slice(config, name) is not None]
+        holding = [name for name in self._parts if self._weight_slice(config, name) is not None]
+        if not holding:
+            numbers = ", ".join(map(str, geometry))
+            raise NoMatchingPeftModuleError(
+                f"`layers_to_transform` ({config.layers_to_transform}) and `layers_pattern` ({config.layers_pattern}) "
+                f"have none of the chosen heads ({config.heads}); the model's layers: {numbers}."
+            )
+        for name in holding:
+            self._check_rank(config, name)
+        if not any(self._check_target_module_exists(config, name) for name in holding):
             raise NoMatchingPeftModuleError(
                 f"`target_modules` ({config.target_modules}), `exclude_modules` ({config.exclude_modules}) and "
                 f"`modules_to_save` ({config.modules_to_save}) leave nothing to train of the projections that hold the "
@@ -93,6 +108,15 @@ class HeadSparseModel(BaseTuner):
             name, is_delta, _ = key.removeprefix("_orig_mod.").rpartition(f".{self.prefix}")
             if is_delta and self._weight_slice(config, name) is None:
                 raise ValueError(f"`state_dict` has a delta for '{name}', which holds none of the config's heads.")
+
+    def _check_rank(self, config: HeadSparseConfig, key: str) -> None:
+        """A rank above the slice's own would have more parameters than the slice."""
+        weight_slice = self._weight_slice(config, key)
+        if config.r is not None and weight_slice is not None and config.r > len(weight_slice.indices):
+            raise ValueError(
+                f"`r` must be 1 to {len(weight_slice.indices)} for '{key}', which has as many trained rows or columns, "
+                f"got {config.r}. `r=None` trains each of their weights."
+            )
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         # `target_modules` stays as it was given, where other methods fill it in: the heads say it all, also for a
@@ -104,10 +128,11 @@ class HeadSparseModel(BaseTuner):
         dim = ROWS
         indices: set[int] = set()
         for attention, role in self._parts.get(key, ()):
-            units = attention.units(role)
-            dim = units.dim  # the same for all parts of a projection
-            for unit in attention.units_of(role, config.heads_in(attention.layer, attention.n_heads)):
-                indices.update(range(units.starts[unit], units.starts[unit] + units.size))
+            if role not in config.roles() or not config.transforms(attention):
+                continue
+            dim = attention.units(role).dim  # the same for all parts of a projection
+            units = attention.units_of(role, config.heads_in(attention.layer, attention.n_heads))
+            indices.update(attention.units(role).indices(units).tolist())
         return WeightSlice(dim, tuple(sorted(indices))) if indices else None
 
     def _check_target_module_exists(self, peft_config: HeadSparseConfig, key: str) -> bool | re.Match[str] | None:
@@ -134,19 +159,64 @@ class HeadSparseModel(BaseTuner):
             target.update_layer(adapter_name, weight_slice, peft_config)
             return
         # whether it is active, and trainable, is set for all layers together when each is in place
-        self._replace_module(parent, target_name, Linear(target, adapter_name, weight_slice, peft_config), target)
+        kwargs = get_quantization_kwargs(self.model)
+        layer = Linear(target, adapter_name, weight_slice, peft_config, **kwargs)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's version also copies weights from the one to the other and moves the deltas. Here they have the same
+        # weights, and the deltas start where those are; and it cannot take off the wrapper around trained tokens, whose
+        # weight is no parameter.
+        setattr(parent, child_name, new_module)
 
     def _layers(self) -> list[HeadSparseLayer]:
         return [module for module in self.model.modules() if isinstance(module, HeadSparseLayer)]
 
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        # PEFT enters this around `forward` and `generate` with all of their arguments
+        return adapter_names_given(self, kwargs.get("adapter_names"), kwargs.get("num_beams"))
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """
+        Add an adapter whose delta is the weighted sum of those of other adapters, on the heads of all of them.
+
+        The sum is exact: nothing is cut off, as a delta has each weight of its slices. Where adapters share no slice
+        (their heads are of different groups) and the weights are 1, each part of it is an adapter's own delta, bit for
+        bit. The new adapter is not active yet, and has no `r`, also if the others have one.
+
+        Args:
+            adapters (`list[str]`): The adapters to combine.
+            weights (`list[float]`): A weight for each of them; may be negative.
+            adapter_name (`str`): The new adapter's name. If there is one of this name already, nothing is done, as in
+                the other methods of PEFT.
+
+        Raises:
+            `ValueError`: if there is no such adapter, if there are not as many weights as adapters, if one of them
+                trains more than heads (`modules_to_save`, `trainable_token_indices`, `bias`), or if their
+                `target_modules` or `exclude_modules` differ.
+        """
+        if adapter_name in self.peft_config:
+            return
+        config = combined_config(self.peft_config, adapters, weights, ModelGeometry.of(self.model))
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        for layer in self._layers():
+            if any(name in layer.head_sparse_slice for name in adapters):
+                with torch.no_grad():
+                    delta = combined_delta(layer, adapters, weights, adapter_name)
+                layer.head_sparse_delta[adapter_name] = nn.Parameter(delta, requires_grad=False)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT puts a new parameter in the place of one that it casts, and that one is always trainable, also for an
         # adapter that is inactive or was loaded for inference.
-        deltas = [layer.head_sparse_delta for layer in self._layers() if adapter_name in layer.head_sparse_delta]
-        trainable = [delta[adapter_name].requires_grad for delta in deltas]
+        before = list(self._parameters_of(adapter_name))
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for delta, requires_grad in zip(deltas, trainable, strict=True):
-            delta[adapter_name].requires_grad_(requires_grad)
+        for (_, old), (dictionary, _) in zip(before, self._parameters_of(adapter_name), strict=True):
+            dictionary[adapter_name].requires_grad_(old.requires_grad)
+
+    def _parameters_of(self, adapter_name: str) -> Iterator[tuple[nn.ParameterDict, nn.Parameter]]:
+        for layer in self._layers():
+            yield from layer.parameters_of(adapter_name)
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
         """Look for NaNs in all layers before the first of them is merged."""

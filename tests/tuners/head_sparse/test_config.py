@@ -5,6 +5,8 @@ import json
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from peft import PeftConfig, PeftType
 
 from p2d_peft.heads import HeadSet
@@ -76,6 +78,17 @@ def test_bad_heads(heads, error, message):
         HeadSparseConfig(
             heads=[1], target_modules=["q_proj", "o_proj"], exclude_modules="x.*", modules_to_save=["lm_head"]
         ),
+        HeadSparseConfig(heads={"encoder.1": [0], "cross.0": [3, 1]}),
+        HeadSparseConfig(
+            projections=("o", "q"),
+            share_kv=False,
+            r=4,
+            layers_to_transform=[0, 3],
+            layers_pattern=["layers", "decoder.block"],
+            trainable_token_indices={"embed_tokens": [1, 7]},
+            bias="head_sparse_only",
+        ),
+        HeadSparseConfig(layers_to_transform=0, layers_pattern="layers", trainable_token_indices=[5], bias="all"),
     ],
 )
 def test_goes_to_json_and_back(config, tmp_path):
@@ -112,3 +125,56 @@ def test_every_field_is_documented():
     parser.format_help()  # a lone percent sign would raise
     for name in HeadSparseConfig.__annotations__:
         assert f"        {name} (" in HeadSparseConfig.__doc__
+
+
+def test_projections():
+    assert HeadSparseConfig().projections == ["q", "k", "v", "o"] == HeadSparseConfig().roles()
+    assert HeadSparseConfig(projections={"o", "q"}).projections == ["q", "o"]
+    assert HeadSparseConfig(share_kv=False).roles() == ["q", "o"]
+    assert HeadSparseConfig(projections=["v", "q"], share_kv=False).roles() == ["q"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"projections": ["q", "x"]}, "holds 'x'; valid are q, k, v, o"),
+        ({"projections": "qk"}, "must be a list of some of q, k, v, o, got 'qk'"),
+        ({"projections": 3}, "must be a list of some of q, k, v, o, got 3"),
+        ({"projections": []}, "`projections` is empty"),
+        ({"projections": ["q", "o", "q"]}, "holds one more than once"),
+        ({"projections": ["k", "v"], "share_kv": False}, r"`share_kv=False` leaves nothing .* \(k, v\)"),
+        ({"r": 0}, "integer of at least 1, or None for the full slices, got 0"),
+        ({"r": 1.5}, "got 1.5"),
+        ({"r": True}, "got True"),
+        ({"layers_pattern": "layers"}, r"`layers_pattern` \('layers'\) .* give both or neither"),
+        ({"bias": "lora_only"}, "must be one of 'none', 'all', 'head_sparse_only', got 'lora_only'"),
+    ],
+)
+def test_bad_fields(fields, message):
+    with pytest.raises(ValueError, match=message):
+        HeadSparseConfig(**fields)
+
+
+def test_layers_to_transform():
+    geometry = ModelGeometry.of(tiny_model())
+
+    def layers(**fields):
+        config = HeadSparseConfig(**fields)
+        return [layer for layer, attention in geometry.items() if config.transforms(attention)]
+
+    assert layers() == layers(layers_to_transform=[]) == [0, 1, 2]
+    assert layers(layers_to_transform=1) == [1]
+    assert layers(layers_to_transform=[0, 2, 9]) == [0, 2]
+    assert layers(layers_to_transform=[0], layers_pattern="layers") == [0]
+    assert layers(layers_to_transform=[0], layers_pattern=["blocks", "model.layers"]) == [0]
+    assert layers(layers_to_transform=[0], layers_pattern="blocks") == []
+
+
+def test_layers_of_one_stack():
+    config = transformers.T5Config(vocab_size=32, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=4)
+    with torch.device("meta"):
+        geometry = ModelGeometry.of(transformers.T5Model(config))
+    both = HeadSparseConfig(layers_to_transform=[1])
+    assert [layer for layer in geometry if both.transforms(geometry[layer])] == ["cross.1", "decoder.1", "encoder.1"]
+    encoder = HeadSparseConfig(layers_to_transform=[1], layers_pattern="encoder.block")
+    assert [layer for layer in geometry if encoder.transforms(geometry[layer])] == ["encoder.1"]

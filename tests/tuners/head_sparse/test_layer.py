@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft.helpers import disable_input_dtype_casting
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from p2d_peft.tuners import HeadSparseConfig
 from p2d_peft.tuners.head_sparse import Linear, WeightSlice
@@ -23,9 +24,9 @@ def bits(tensor):
     return tensor.detach().contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
 
 
-def make_layer(weight_slice, dtype=torch.float32, base=None, init_weights=False, delta_dtype=None):
+def make_layer(weight_slice, dtype=torch.float32, base=None, init_weights=False, delta_dtype=None, r=None):
     base = nn.Linear(IN, OUT).to(dtype) if base is None else base
-    layer = Linear(base, "default", weight_slice, HeadSparseConfig(init_weights=init_weights))
+    layer = Linear(base, "default", weight_slice, HeadSparseConfig(init_weights=init_weights, r=r))
     return layer if delta_dtype is None else with_deltas_of(layer, delta_dtype)
 
 
@@ -214,7 +215,7 @@ def test_safe_merge_finds_it_before_the_base_is_touched(broken):
     before = layer.base_layer.weight.detach().clone()
     with torch.no_grad():
         layer.head_sparse_delta["c"][1, 2] = broken  # the last one: the others would be merged by then
-    with pytest.raises(ValueError, match=r"NaNs or infinities .* The adapter c seems to be broken"):
+    with pytest.raises(ValueError, match=r"NaNs detected .* The adapter c seems to be broken"):
         layer.merge(safe_merge=True)
     assert torch.equal(layer.base_layer.weight, before) and not layer.merged
     layer.merge(safe_merge=True, adapter_names=["default", "b"])
@@ -278,3 +279,83 @@ def test_indices_survive_the_meta_device():
     layer.load_state_dict(state)
     assert torch.equal(layer(x), expected)
     assert torch.equal(copy.deepcopy(layer)(x), expected)
+
+
+@pytest.mark.parametrize("kind", SLICES)
+def test_low_rank_delta(kind):
+    """It is the full delta `B @ A` in the same slice: the same output, gradients, merged weight."""
+    weight_slice = SLICES[kind]
+    low, full = make_layer(weight_slice, r=2), make_layer(weight_slice)
+    full.base_layer.load_state_dict(low.base_layer.state_dict())
+    A, B = low.head_sparse_A["default"], low.head_sparse_B["default"]
+    rows, columns = weight_slice.shape(IN, OUT)
+    assert A.shape == (2, columns) and B.shape == (rows, 2) and "default" not in low.head_sparse_delta
+    with torch.no_grad():
+        full.head_sparse_delta["default"].copy_(B @ A)
+    x = torch.randn(5, IN)
+    torch.testing.assert_close(low(x), full(x))
+    assert torch.equal(low.get_delta_weight("default"), dense_delta(full))
+
+    (low(x) ** 2).sum().backward()
+    (full(x) ** 2).sum().backward()
+    gradient = full.head_sparse_delta["default"].grad
+    torch.testing.assert_close(A.grad, B.T @ gradient)
+    torch.testing.assert_close(B.grad, gradient @ A.T)
+
+    before = low.base_layer.weight.detach().clone()
+    low.merge(safe_merge=True)
+    full.merge()
+    assert torch.equal(low.base_layer.weight, full.base_layer.weight)
+    low.unmerge()
+    assert torch.equal(bits(low.base_layer.weight), bits(before))
+
+
+@pytest.mark.parametrize("kind", SLICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_rank_delta_starts_at_zero(kind, dtype):
+    layer = make_layer(SLICES[kind], base=NegativeZeros(IN, OUT).to(dtype), init_weights=True, r=2)
+    assert not layer.head_sparse_B["default"].any() and layer.head_sparse_A["default"].count_nonzero() > 1
+    x = torch.randn(7, IN, dtype=dtype)
+    assert torch.equal(bits(layer(x)), bits(layer.base_layer(x)))
+    layer(x).sum().backward()
+    assert layer.head_sparse_B["default"].grad.count_nonzero()
+
+
+def conv1d_of(linear):
+    base = Conv1D(OUT, IN)
+    with torch.no_grad():
+        base.weight.copy_(linear.weight.T)
+        base.bias.copy_(linear.bias)
+    return base
+
+
+@pytest.mark.parametrize("r", [None, 2])
+@pytest.mark.parametrize("kind", SLICES)
+def test_conv1d_is_the_linear_layer_with_its_weight_transposed(kind, r):
+    linear = make_layer(SLICES[kind], r=r)
+    conv = make_layer(SLICES[kind], base=conv1d_of(linear.base_layer), r=r)
+    assert (conv.in_features, conv.out_features) == (IN, OUT)
+    deltas = {name: p for name, p in linear.state_dict().items() if "head_sparse" in name}
+    conv.load_state_dict(deltas, strict=False)
+    x = torch.randn(2, 5, IN)
+    torch.testing.assert_close(conv(x), linear(x))
+    delta = conv.get_delta_weight("default")
+    assert delta.shape == conv.base_layer.weight.shape and torch.equal(delta.T, linear.get_delta_weight("default"))
+    before, storage = conv.base_layer.weight.detach().clone(), conv.base_layer.weight.data_ptr()
+    conv.merge(safe_merge=True)
+    linear.merge()
+    assert torch.equal(conv.base_layer.weight.T, linear.base_layer.weight)
+    assert conv.base_layer.weight.data_ptr() == storage  # changed in place
+    conv.unmerge()
+    assert torch.equal(bits(conv.base_layer.weight), bits(before))
+
+
+def test_the_base_weight_is_never_copied_in_a_step():
+    """No tensor of its size is kept for the backward pass but the weight itself."""
+    layer = make_layer(SLICES["rows"])
+    layer.base_layer.requires_grad_(False)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        layer(torch.randn(5, IN, requires_grad=True)).sum().backward()
+    assert all(tensor.numel() < OUT * IN or tensor.data_ptr() == layer.base_layer.weight.data_ptr() for tensor in kept)
+    assert layer.base_layer.weight.grad is None

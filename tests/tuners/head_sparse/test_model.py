@@ -1,16 +1,18 @@
+import copy
 import subprocess
 import sys
 import warnings
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import inspect_matched_modules
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-from p2d_peft.heads import HeadSet
+from p2d_peft.heads import AttentionLayout, HeadSet, register_attention_layout
 from p2d_peft.tuners import HeadSparseConfig, HeadSparseLayer
 from tests.tiny_models import ARCHITECTURES, FEW, random_batch, tiny_model
 from tests.tuners.head_sparse.test_layer import bits
@@ -360,6 +362,124 @@ def test_target_modules_narrow_the_projections(kwargs, projections, recwarn):
     assert model.peft_config["default"] == HeadSparseConfig(heads=HEADS, init_weights=False, **kwargs)
 
 
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize(
+    ("fields", "roles"),
+    [
+        ({"projections": ["q"]}, "q"),
+        ({"projections": ["v", "o"]}, "vo"),
+        ({"share_kv": False}, "qo"),
+        ({"projections": ["k", "q"], "share_kv": False}, "q"),
+    ],
+)
+def test_projections_and_share_kv(name, fields, roles):
+    base = tiny_model(name)
+    before, batch = snapshot(base), random_batch()
+    every = slice_masks(base, HEADS)
+    masks = {key: mask for key, mask in every.items() if any(f".{NAMES[role]}." in key for role in roles)}
+    model = attach(base, init_weights=True, **fields)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        model(**batch).loss.backward()
+        optimizer.step()
+    assert_changed_exactly(before, snapshot(model.merge_and_unload()), masks)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_low_rank_within_the_slices(name, tmp_path):
+    base = tiny_model(name)
+    before, masks = snapshot(base), slice_masks(base, HEADS)
+    model = attach(base, init_weights=True, r=2)
+    expected = sum(2 * (mask.any(0).sum() + mask.any(1).sum()).item() for mask in masks.values())
+    assert model.get_nb_trainable_parameters()[0] == expected
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        model(**random_batch()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(bits(logits(PeftModel.from_pretrained(tiny_model(name), tmp_path))), bits(trained))
+    merged = model.merge_and_unload()
+    assert_changed_exactly(before, snapshot(merged), masks)
+    for key in masks:
+        rank = torch.linalg.matrix_rank((snapshot(merged)[key] - before[key]).double(), rtol=1e-4)
+        assert rank == 2, key
+    torch.testing.assert_close(logits(merged), trained, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "layers"),
+    [
+        ({"layers_to_transform": 2}, {2}),
+        ({"layers_to_transform": [0, 1]}, {0}),
+        ({"layers_to_transform": [2], "layers_pattern": "layers"}, {2}),
+        ({"layers_to_transform": [0], "target_modules": ".*q_proj"}, {0}),
+    ],
+)
+def test_layers_to_transform_narrows_the_heads(fields, layers):
+    model = attach(tiny_model(), **fields)
+    assert {int(name.split(".")[2]) for name in model.targeted_module_names} == layers
+
+
+def test_conv1d_model_trains_saves_and_merges(tmp_path):
+    """GPT-2: all of q, k and v in one projection with a transposed weight."""
+
+    def base():
+        transformers.set_seed(0)
+        config = transformers.GPT2Config(
+            n_embd=48, n_layer=2, n_head=4, vocab_size=96, n_positions=64, initializer_range=0.1
+        )
+        return transformers.GPT2LMHeadModel(config).eval()
+
+    before, batch = snapshot(base()), random_batch()
+    model = attach(base(), heads={1: [2]}, init_weights=True)
+    assert torch.equal(bits(logits(model)), bits(logits(base())))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(base(), tmp_path)), trained)
+    masks = {f"transformer.h.1.attn.{name}.weight": None for name in ("c_attn", "c_proj")}
+    for name in masks:
+        masks[name] = torch.zeros_like(before[name], dtype=torch.bool)
+    for part in range(3):
+        masks["transformer.h.1.attn.c_attn.weight"][:, part * 48 + 24 : part * 48 + 36] = True
+    masks["transformer.h.1.attn.c_proj.weight"][24:36] = True
+    merged = model.merge_and_unload(safe_merge=True)
+    assert_changed_exactly(before, snapshot(merged), masks)
+    torch.testing.assert_close(logits(merged), trained, atol=1e-5, rtol=1e-4)
+
+
+def test_plain_module_with_a_registered_layout(tmp_path):
+    class FusedAttentionOfATest(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+        def forward(self, x):
+            q, k, v = (part.unflatten(-1, (4, 4)).transpose(-2, -3) for part in self.qkv(x).chunk(3, -1))
+            output = nn.functional.scaled_dot_product_attention(q, k, v)
+            return x + self.out(output.transpose(-2, -3).flatten(-2))
+
+    register_attention_layout(FusedAttentionOfATest, AttentionLayout("qkv", "qkv", "qkv", "out", head_dim=4))
+    model = nn.Sequential(nn.Linear(3, 16), FusedAttentionOfATest(), nn.Linear(16, 2))
+    x = torch.randn(2, 5, 3)
+    state, base = copy.deepcopy(model.state_dict()), model(x)
+    peft_model = get_peft_model(model, HeadSparseConfig(heads=[1]))
+    assert torch.equal(peft_model(x), base)
+    randomize(peft_model)
+    trained = peft_model(x)
+    peft_model.save_pretrained(tmp_path)
+    merged = peft_model.merge_and_unload()
+    torch.testing.assert_close(merged(x), trained)
+    merged.load_state_dict(state)
+    assert torch.equal(PeftModel.from_pretrained(merged, tmp_path)(x), trained)
+
+
 def test_one_config_serves_models_of_different_depth():
     config = HeadSparseConfig()
     assert len(layers_of(get_peft_model(tiny_model(), config))) == 4 * 3
@@ -461,7 +581,17 @@ ERRORS = {
         r"`exclude_modules` \(\.\*proj\) .* leave nothing to train",
     ),
     "modules_to_save": ({"modules_to_save": ["self_attn"]}, None, r"\(\['self_attn'\]\) leave nothing to train"),
-    "attention": ({}, fused, "q_proj of type Identity; supported are linear layers"),
+    "layers_to_transform": (
+        {"layers_to_transform": [1]},
+        None,
+        r"`layers_to_transform` \(\[1\]\) .* have none of the chosen heads .*; the model's layers: 0, 1, 2",
+    ),
+    "r": (
+        {"r": 13},
+        None,
+        r"`r` must be 1 to 12 for 'model.layers.0.self_attn.q_proj', .* got 13",
+    ),
+    "attention": ({}, fused, r"q_proj' of type Identity; supported are linear layers"),
     "no attention": ({}, lambda model: setattr(model.model, "layers", nn.ModuleList()), "has no attention heads"),
 }
 
