@@ -27,6 +27,7 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from huggingface_hub import HfApi
 from peft import PeftModel
+from quickstart_data import as_row, build_pool, fetch_model
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
@@ -73,8 +74,6 @@ def find_model(name: str | None) -> str:
     try:
         HfApi().model_info(HUB_MODEL, timeout=5)
     except Exception:  # offline, blocked, behind a proxy: the reasons are many and the way out is the same
-        from quickstart_data import fetch_model
-
         return str(fetch_model())
     return HUB_MODEL
 
@@ -82,8 +81,6 @@ def find_model(name: str | None) -> str:
 def find_data(args: argparse.Namespace) -> tuple[Dataset, Dataset, Dataset]:
     """The pool, the target's samples, and the target's test rows; no test row is in the others."""
     if not args.pool and not args.dataset:
-        from quickstart_data import build_pool
-
         data = build_pool(seed=args.seed)
         return data["pool"], data["target"], data["test"]
     if args.pool:
@@ -108,13 +105,8 @@ def find_data(args: argparse.Namespace) -> tuple[Dataset, Dataset, Dataset]:
     return Dataset.from_list(pool), Dataset.from_list(target), Dataset.from_list(test)
 
 
-def _as_question(row: dict) -> dict[str, str]:
-    # The space goes to the answer, where the tokenizer joins it to the first word, in training as in generation.
-    return {
-        "task": row["task"],
-        "prompt": f"{row['prompt'].strip()}\nAnswer:",
-        "completion": f" {row['completion'].strip()}",
-    }
+def _as_question(row: dict[str, str]) -> dict[str, str]:
+    return as_row(row["task"], row["prompt"], row["completion"])
 
 
 def fast_dtype() -> torch.dtype:

@@ -35,7 +35,6 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import reasoning_gym
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -145,7 +144,8 @@ def fetch_model(cache_dir: str | Path | None = None) -> Path:
     return model_dir
 
 
-def _row(task: str, question: str, answer: str) -> dict[str, str]:
+def as_row(task: str, question: str, answer: str) -> dict[str, str]:
+    """Put a question and its answer into the form of the pool's rows."""
     # The space belongs to the completion: the tokenizer joins it to the answer's first word, so the tokens of the
     # prompt are the first tokens of prompt and completion together.
     return {"task": task, "prompt": f"{question.strip()}\nAnswer:", "completion": f" {answer.strip()}"}
@@ -159,13 +159,15 @@ def _read_evals(archive: zipfile.ZipFile, task: str) -> list[dict[str, str]]:
             texts = [message["content"].strip() for message in sample["input"]]
             question = "\n".join(text for text in texts if text != "You are a helpful assistant.")
             ideal = sample["ideal"]
-            rows.append(_row(task, question, ideal[0] if isinstance(ideal, list) else ideal))
+            rows.append(as_row(task, question, ideal[0] if isinstance(ideal, list) else ideal))
     return rows
 
 
 def _generate(task: str, size: int, seed: int) -> list[dict[str, str]]:
+    import reasoning_gym  # slow to import, and needed for the built-in pool alone
+
     generator = reasoning_gym.create_dataset(GENERATORS[task], size=size, seed=seed)
-    return [_row(task, entry["question"], entry["answer"]) for entry in generator]
+    return [as_row(task, entry["question"], entry["answer"]) for entry in generator]
 
 
 def _distinct(rows: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -49,6 +49,7 @@ def test_runs_from_a_pool_to_an_adapter_that_answers_in_a_fresh_process(tmp_path
 def test_bad_flags_end_at_once(flags, message, monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location("quickstart", EXAMPLES / "quickstart.py")
     quickstart = importlib.util.module_from_spec(spec)
+    monkeypatch.syspath_prepend(EXAMPLES)  # as for a script
     spec.loader.exec_module(quickstart)
     monkeypatch.setattr(sys, "argv", ["quickstart.py", *flags])
     with pytest.raises(SystemExit) as error:

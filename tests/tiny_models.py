@@ -112,6 +112,17 @@ class Layout:
 
 _GPT2_SIZES = {"vocab_size": VOCAB_SIZE, "n_embd": 48, "n_head": 4, "n_layer": 2, "n_positions": 64}
 _FALCON = {**_COMMON, "num_hidden_layers": 2, "alibi": False, "num_kv_heads": 2}
+# a layer of linear attention, then one whose queries have an output gate
+_GATED_HYBRID = {
+    **_COMMON,
+    "head_dim": 16,
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 _DEEPSEEK = {
     **_COMMON,
     "num_hidden_layers": 2,
@@ -225,18 +236,11 @@ LAYOUTS: dict[str, Layout] = {
     "qwen3-next": Layout(
         "Qwen3NextConfig",
         {
-            **_COMMON,
-            "head_dim": 16,
-            "num_hidden_layers": 2,
-            "layer_types": ["linear_attention", "full_attention"],
+            **_GATED_HYBRID,
             "num_experts": 4,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 16,
             "shared_expert_intermediate_size": 16,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
         },
         _LLAMA,
         groups=2,
@@ -244,14 +248,7 @@ LAYOUTS: dict[str, Layout] = {
     "qwen3.5": Layout(
         "Qwen3_5TextConfig",
         {
-            **_COMMON,
-            "head_dim": 16,
-            "num_hidden_layers": 2,
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
+            **_GATED_HYBRID,
         },
         _LLAMA,
         groups=2,

@@ -80,7 +80,7 @@ class HeadSet(Set, Hashable):
     def __init__(self, heads: Iterable[tuple[Layer, int]] = ()) -> None:
         members: list[Head] = []
         for pair in heads:
-            if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and _is_layer(pair[0]) and _is_index(pair[1])):
+            if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and _is_layer(pair[0]) and is_index(pair[1])):
                 raise TypeError(
                     f"`heads` must hold (layer, head) pairs of integers, got {pair!r}. A layer of an encoder-decoder is "
                     "a string like 'encoder.0', 'decoder.0' or 'cross.0'. For a mapping from layers to lists of heads "
@@ -177,9 +177,10 @@ class HeadSet(Set, Hashable):
 
 
 def _is_layer(value: object) -> bool:
-    return _STACK_AND_NUMBER.fullmatch(value) is not None if isinstance(value, str) else _is_index(value)
+    return _STACK_AND_NUMBER.fullmatch(value) is not None if isinstance(value, str) else is_index(value)
 
 
-def _is_index(value: object) -> bool:
+def is_index(value: object) -> bool:
+    """Whether a value is an integer of any library that may number a head."""
     # numpy and torch integers answer to __index__ too; a bool is an int in Python but not an index
     return hasattr(value, "__index__") and not isinstance(value, bool)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -98,7 +98,7 @@ class _Counted:
         self.batches = batches
         self.n_samples = 0
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Batch]:
         for batch in self.batches:
             self.n_samples += batch["input_ids"].shape[0]
             yield batch

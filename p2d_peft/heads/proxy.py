@@ -9,7 +9,7 @@ from torch import nn
 
 from ..model_state import model_device
 from .geometry import AttentionGeometry, ModelGeometry, Role
-from .weights import Batch, attention_weights
+from .weights import Batch, attention_weights, nothing_counts, require_only
 
 
 # Ours: the paper's text was not available. Large enough to move weights in about 100 samples, small enough to keep
@@ -44,11 +44,7 @@ def proxy_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[Ba
     """
     weights = attention_weights(model, geometry, "proxy")
     device = model_device(model)
-    model.eval()
-    for parameter in model.parameters():
-        parameter.requires_grad = False
-    for weight in weights.values():
-        weight.parameter.requires_grad = True
+    require_only(model, weights)
 
     parameters = {name: weight.parameter for name, weight in weights.items()}
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -73,7 +69,7 @@ def proxy_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[Ba
             for name, parameter in parameters.items():
                 parameter.copy_(before[name])
     if not steps:
-        raise ValueError("`batches` holds no sample with a token that counts (a label other than -100).")
+        raise nothing_counts()
 
     def slices(tensors: Mapping[str, torch.Tensor], attention: AttentionGeometry, head: int) -> list[torch.Tensor]:
         names = {role: attention.units(role).module for role in SCORED_ROLES}

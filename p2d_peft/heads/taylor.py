@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .geometry import ROLES, ModelGeometry
-from .weights import Batch, attention_weights, head_sums, single_rows, unit_sums
+from .weights import Batch, attention_weights, head_sums, nothing_counts, require_only, single_rows, unit_sums
 
 
 def taylor_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[Batch], seed: int) -> torch.Tensor:
@@ -32,11 +32,7 @@ def taylor_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[B
         `ValueError`: if no sample has a token that counts.
     """
     weights = attention_weights(model, geometry, "taylor")
-    model.eval()
-    for parameter in model.parameters():
-        parameter.requires_grad = False
-    for weight in weights.values():
-        weight.parameter.requires_grad = True
+    require_only(model, weights)
     parts = [(layer, role, attention.units(role)) for layer, attention in geometry.items() for role in ROLES]
     sums = {
         (layer, role): torch.zeros(
@@ -57,7 +53,7 @@ def taylor_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[B
             sums[layer, role] += unit_sums(products[units.module], units)
         n_samples += 1
     if not n_samples:
-        raise ValueError("`batches` holds no sample with a token that counts (a label other than -100).")
+        raise nothing_counts()
     scores = torch.full(geometry.shape, torch.nan, dtype=torch.float64)
     for layer, attention in geometry.items():
         scores[layer, : attention.n_heads] = head_sums(attention, {role: sums[layer, role] for role in ROLES}).cpu()

@@ -68,6 +68,20 @@ def attention_weights(model: nn.Module, geometry: ModelGeometry, method: str) ->
     return weights
 
 
+def require_only(model: nn.Module, weights: AttentionWeights) -> None:
+    """Put a model into eval mode, with gradients for the attention weights alone; `preserved_state` undoes it."""
+    model.eval()
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    for weight in weights.values():
+        weight.parameter.requires_grad = True
+
+
+def nothing_counts() -> ValueError:
+    """The error for batches without a single token to learn from."""
+    return ValueError("`batches` holds no sample with a token that counts (a label other than -100).")
+
+
 def unit_sums(values: torch.Tensor, units: Units) -> torch.Tensor:
     """
     Sum a tensor of a weight's shape over each unit of a role.

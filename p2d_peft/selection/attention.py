@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -48,19 +48,22 @@ AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
 @contextmanager
-def observed_attention(model: nn.Module, heads: HeadSet, n_queries: int, observer: Observer) -> Iterator[None]:
+def observable_attention(
+    model: nn.Module, heads: HeadSet
+) -> Iterator[Callable[[int, Observer], AbstractContextManager[None]]]:
     """
-    Context in which every forward pass shows the attention weights of the given heads to an observer.
-
-    All heads go through SDPA as usual; the weights of the selected heads are computed beside it, for the last
-    `n_queries` positions only. The model's own attention implementation is put back on leaving.
+    Context in which the attention weights of the given heads can be observed. All heads go through SDPA as usual; the
+    model's own attention implementation is put back on leaving.
 
     Args:
         model (`nn.Module`): A transformers model, or a `PeftModel` around one.
         heads (`HeadSet`): The heads to observe.
-        n_queries (`int`): How many positions at the end of the sequence to observe.
-        observer (`Callable`): Called once for each layer with such heads, in the order of the layers, with the layer
-            and the weights of shape (B, heads of the layer, n_queries, keys), float32.
+
+    Yields:
+        `Callable`: `observed(n_queries, observer)` is a context for the forward passes to observe, at little cost to
+        enter. For each of them the observer is called once for each layer with such heads, in the order of the layers,
+        with the layer and the weights of the last `n_queries` positions: shape (B, heads of the layer, n_queries, keys),
+        float32. They are computed beside SDPA, and only within this context.
 
     Raises:
         `ValueError`: if the model has no exchangeable attention implementation.
@@ -72,19 +75,28 @@ def observed_attention(model: nn.Module, heads: HeadSet, n_queries: int, observe
             "use a scorer that needs no attention weights, such as 'affinity'."
         )
     geometry = ModelGeometry.of(model)
+    # each attention module with its layer, its heads and their groups
+    watched = {
+        model.get_submodule(geometry[layer].name): (layer, chosen, [geometry[layer].group(head) for head in chosen])
+        for layer, chosen in geometry.check(heads).by_layer().items()
+    }
+
+    @contextmanager
+    def observed(n_queries: int, observer: Observer) -> Iterator[None]:
+        try:
+            for module, (layer, chosen, groups) in watched.items():
+                _observed[module] = _observer_of(layer, chosen, groups, n_queries, observer)
+            yield
+        finally:
+            for module in watched:
+                _observed.pop(module, None)
+
     original = transformer.config._attn_implementation
     try:
-        for layer, chosen in geometry.check(heads).by_layer().items():
-            groups = [geometry[layer].group(head) for head in chosen]
-            _observed[model.get_submodule(geometry[layer].name)] = _observer_of(
-                layer, chosen, groups, n_queries, observer
-            )
         transformer.set_attn_implementation(IMPLEMENTATION)
-        yield
+        yield observed
     finally:
         transformer.set_attn_implementation(original)
-        for layer in heads.layers:
-            _observed.pop(model.get_submodule(geometry[layer].name), None)
 
 
 def _observer_of(

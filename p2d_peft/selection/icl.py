@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch.nn import functional
 from transformers import DynamicCache
 from transformers.utils.logging import tqdm
 
-from .attention import observed_attention
+from .attention import Observer, observable_attention
 from .samples import Samples
 from .scoring import Scorer, ScoringContext
 
@@ -41,20 +43,28 @@ def icl(context: ScoringContext) -> torch.Tensor:
     order = torch.randperm(len(pool), generator=generator).tolist()
     queries = torch.randperm(len(target), generator=generator).tolist()
     scores = torch.zeros(len(pool))
-    with tqdm(total=len(pool), desc="Scoring pool (icl)", unit="row") as progress:
+    with (
+        observable_attention(context.model, context.heads) as observed,
+        tqdm(total=len(pool), desc="Scoring pool (icl)", unit="row") as progress,
+    ):
         for start in range(0, len(order), N_DEMONSTRATIONS):
             group = order[start : start + N_DEMONSTRATIONS]
             # the target's samples take turns, so that all of them are asked
             turn = start // N_DEMONSTRATIONS * N_QUERIES
             asked = [queries[(turn + i) % len(queries)] for i in range(min(N_QUERIES, len(queries)))]
-            scores[group] = _score_group(context, group, asked)
+            scores[group] = _score_group(context, group, asked, observed)
             progress.update(len(group))
     return scores
 
 
-def _score_group(context: ScoringContext, group: list[int], asked: list[int]) -> torch.Tensor:
+def _score_group(
+    context: ScoringContext,
+    group: list[int],
+    asked: list[int],
+    observed: Callable[[int, Observer], AbstractContextManager[None]],
+) -> torch.Tensor:
     """The scores of one group of demonstrations, shape (len(group),)."""
-    assert context.heads is not None and context.target is not None
+    assert context.target is not None
     model, device = context.model, context.device
     lengths = [len(context.pool.input_ids[i]) for i in group]
     prompt = torch.tensor([[token for i in group for token in context.pool.input_ids[i]]], device=device)
@@ -75,7 +85,7 @@ def _score_group(context: ScoringContext, group: list[int], asked: list[int]) ->
             by_demonstration = torch.stack([part.sum(-1) for part in to_prompt.split(lengths, dim=-1)], dim=-1)
             attention_to_demonstrations.append(by_demonstration)  # noqa: B023
 
-        with observed_attention(model, context.heads, n_tokens, add_up):
+        with observed(n_tokens, add_up):
             logits = model(
                 input_ids=batch["input_ids"],
                 attention_mask=functional.pad(batch["attention_mask"], (prompt.shape[1], 0), value=1),

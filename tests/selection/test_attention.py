@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from p2d_peft.heads import HeadSet
-from p2d_peft.selection.attention import observed_attention
+from p2d_peft.selection.attention import observable_attention
 
 from ..model_checks import assert_unchanged, mixed_state, snapshot
 from ..tiny_models import ARCHITECTURES, random_batch, tiny_model
@@ -22,8 +22,12 @@ def test_observes_what_eager_attention_computes(name):
     with torch.no_grad():
         expected = eager(**batch, output_attentions=True)
         plain = model(**batch).logits
-        with observed_attention(model, HEADS, 5, lambda layer, weights: seen.update({layer: weights})):
-            observed = model(**batch).logits
+        with observable_attention(model, HEADS) as observing:
+            with observing(5, lambda layer, weights: seen.update({layer: weights})):
+                observed = model(**batch).logits
+            shown = dict(seen)
+            model(**random_batch(seed=1))  # no longer observed
+            assert all(seen[layer] is shown[layer] for layer in seen)
     assert seen.keys() == {0, 2}
     torch.testing.assert_close(observed, plain, rtol=0, atol=0)
     for layer, heads in HEADS.by_layer().items():
@@ -42,11 +46,15 @@ def test_the_attention_implementation_comes_back_also_after_an_exception():
         model = mixed_state(tiny_model(attn_implementation=implementation))
         before = snapshot(model)
         assert before["attention"] == implementation
-        with observed_attention(model, HEADS, 1, lambda *_: None):
+        with observable_attention(model, HEADS) as observing, observing(1, lambda *_: None):
             assert model.config._attn_implementation != implementation
             model(**random_batch())
         assert_unchanged(model, before)
-        with pytest.raises(ZeroDivisionError), observed_attention(model, HEADS, 1, lambda *_: 1 / 0):
+        with (
+            pytest.raises(ZeroDivisionError),
+            observable_attention(model, HEADS) as observing,
+            observing(1, lambda *_: 1 / 0),
+        ):
             model(**random_batch())
         assert_unchanged(model, before)
 
@@ -54,6 +62,6 @@ def test_the_attention_implementation_comes_back_also_after_an_exception():
 def test_a_model_without_exchangeable_attention_is_refused():
     with (
         pytest.raises(ValueError, match=r"cannot be exchanged; use a scorer that needs no attention weights"),
-        observed_attention(torch.nn.Linear(1, 1), HEADS, 1, lambda *_: None),
+        observable_attention(torch.nn.Linear(1, 1), HEADS),
     ):
         pass

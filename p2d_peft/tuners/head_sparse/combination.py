@@ -43,13 +43,7 @@ def combined_config(
         if any(getattr(config, field) != getattr(chosen[0], field) for config in chosen):
             raise ValueError(f"`adapters` ({', '.join(adapters)}) differ in `{field}`, which cannot be combined.")
     heads = HeadSet(
-        {
-            (layer, head)
-            for config in chosen
-            for layer, attention in geometry.items()
-            if config.transforms(attention)
-            for head in config.heads_in(layer, attention.n_heads)
-        }
+        {head for config in chosen for head in config.head_set(geometry) if config.transforms(geometry[head.layer])}
     )
     return replace(
         chosen[0],

@@ -11,7 +11,7 @@ from peft.config import PeftConfig
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 from ...heads.geometry import ROLES, AttentionGeometry, ModelGeometry, Role
-from ...heads.head_set import HeadSet, Layer, layer_order
+from ...heads.head_set import HeadSet, Layer, is_index, layer_order
 from ..peft_type import add_peft_type
 
 
@@ -274,8 +274,7 @@ def _plain_heads(heads: Any) -> dict[Layer, list[int]] | list[int] | None:
     elif isinstance(heads, Iterable) and not isinstance(heads, str):
         in_every_layer: list[int] = []
         for head in heads:
-            # a bool has an index too, but it is none
-            if not hasattr(head, "__index__") or isinstance(head, bool):
+            if not is_index(head):
                 raise TypeError(
                     f"`heads` as a list must hold the integers of the heads to train in every layer, got {head!r}. For "
                     "(layer, head) pairs pass a `HeadSet`."

@@ -234,7 +234,7 @@ def _find_adapter(peft_model: nn.Module, adapter_name: str) -> tuple[nn.Module, 
 def _convert(peft_model: nn.Module, adapter_name: str, max_rank: int | None) -> Iterator[_ModuleLora]:
     """The LoRA of each module of an adapter, in the order of the model."""
     base, config = _find_adapter(peft_model, adapter_name)
-    if getattr(config, "bias", "none") != "none":
+    if config.bias != "none":
         raise ValueError(
             f"Adapter '{adapter_name}' trains biases (`bias='{config.bias}'`), which no LoRA holds; merge it."
         )
@@ -275,9 +275,8 @@ def _convert_layer(name: str, layer: HeadSparseLayer, adapter_name: str, max_ran
 
 def _factors(layer: HeadSparseLayer, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """An adapter's slice of a layer, (N, I) for rows or (O, N) for columns, as a product of two factors of full rank."""
-    low_rank = getattr(layer, "head_sparse_A", {})
-    if adapter_name in low_rank:
-        return layer.head_sparse_B[adapter_name], low_rank[adapter_name]
+    if adapter_name in layer.head_sparse_A:
+        return layer.head_sparse_B[adapter_name], layer.head_sparse_A[adapter_name]
     delta = layer.head_sparse_delta[adapter_name]
     # One factor is the delta, the other the identity of its shorter side. That side is nearly always the slice's N; with
     # all heads of a fused projection there are more rows than input features.
