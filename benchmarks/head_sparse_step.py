@@ -35,7 +35,6 @@ import argparse
 import copy
 import gc
 import os
-import platform
 import random
 import statistics
 import tempfile
@@ -50,17 +49,17 @@ from typing import Any
 
 import peft
 import torch
-import transformers
+from environment import machine
 from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-import p2d_peft
 from p2d_peft import HeadSet, HeadSparseConfig
 from p2d_peft.files import write_json
 from p2d_peft.heads.geometry import ROLES, ModelGeometry
+from p2d_peft.report.run_report import library_versions
 
 
 @dataclass
@@ -308,16 +307,6 @@ def ratio(seconds: dict[str, list[float]], numerator: str, denominator: str) -> 
     return {"median": median, "first_quartile": first, "third_quartile": third}
 
 
-def machine() -> dict[str, Any]:
-    """The machine, as far as it matters for the numbers."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        cpu = lines[0].partition(":")[2].strip() if lines else cpu
-    return {"cpu": cpu, "cpus": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"}
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id of a causal language model")
@@ -358,13 +347,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "command": f"python benchmarks/head_sparse_step.py --model {Path(args.model).name} --rounds {args.rounds} "
         f"--warmup {args.warmup} --tokens {args.tokens} --ratio {args.ratio} --seed {args.seed}",
         "machine": {**machine(), "load_average_before": load_before, "load_average_after": load_after},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-            "p2d_peft": p2d_peft.__version__,
-        },
+        "versions": library_versions(),
         "settings": {
             "model": Path(args.model).name,
             "dtype": "float32",

@@ -1,28 +1,18 @@
 """The benchmarks run, on a tiny model; and of their numbers, those that are no times hold there too."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from p2d_peft import HeadSet
+
+from .benchmark_files import load_benchmark
 from .tiny_models import tiny_model
 
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-head_sparse_step = load("head_sparse_step")
+head_sparse_step = load_benchmark("head_sparse_step")
+fused_layout = load_benchmark("fused_layout")
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +103,17 @@ def test_too_few_rounds_are_refused(capsys):
     with pytest.raises(SystemExit):
         head_sparse_step.main(["--model", "x", "--rounds", "1"])
     assert "--rounds must be at least 2" in capsys.readouterr().err
+
+
+def test_the_same_heads_give_the_same_trained_result_in_a_fused_layout():
+    llama = tiny_model(num_hidden_layers=3, rope_parameters={"rope_type": "default", "rope_theta": 1e5}).double()
+    batches = [torch.randint(96, (2, 12), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    heads = HeadSet([(0, 1), (0, 2), (2, 3)])
+    before = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
+    numbers = fused_layout.compare(llama, heads, batches, lr=1e-2)
+    assert numbers["logits_largest_difference"] < 1e-12 < numbers["logits_largest"]
+    assert numbers["losses"] == pytest.approx(numbers["losses_fused"], rel=1e-12)
+    assert numbers["losses"][-1] != numbers["losses"][0]
+    assert numbers["trained_slices"] == 12
+    assert numbers["trained_relative_difference"] < 1e-6  # AdamW's first step divides a gradient by itself
+    assert all(torch.equal(tensor, before[name]) for name, tensor in llama.state_dict().items())

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import transformers
 from peft import PeftModel, get_peft_model
 from transformers.pytorch_utils import Conv1D
 
@@ -12,6 +11,7 @@ from p2d_peft import HeadSparseConfig, localize_heads
 from p2d_peft.heads import HeadSet, ModelGeometry
 from p2d_peft.heads.geometry import ROLES, ROWS
 
+from ..benchmark_files import load_benchmark
 from ..model_checks import assert_unchanged, snapshot
 from ..tiny_models import LAYOUTS, random_batch, tiny_model
 
@@ -172,27 +172,10 @@ def test_addresses_of_several_stacks_survive_saving(tmp_path):
     assert torch.equal(run(loaded, layout), run(adapted, layout))
 
 
-def phi3_of(llama):
-    """The same model in Phi-3's layout: q, k and v in one projection, and gate and up in another."""
-    config = llama.config.to_dict()
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    sizes += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "pad_token_id")
-    model = transformers.Phi3ForCausalLM(transformers.Phi3Config(**{size: config[size] for size in sizes})).eval()
-    weights = dict(llama.state_dict())
-    for layer in range(llama.config.num_hidden_layers):
-        block = f"model.layers.{layer}"
-        for fused, parts in (("self_attn.qkv", ("q", "k", "v")), ("mlp.gate_up", ("gate", "up"))):
-            prefix = f"{block}.{fused.partition('.')[0]}"
-            pieces = [weights.pop(f"{prefix}.{part}_proj.weight") for part in parts]
-            weights[f"{block}.{fused}_proj.weight"] = torch.cat(pieces)
-    model.load_state_dict(weights)
-    return model
-
-
 @pytest.mark.parametrize("method", ["proxy", "taylor"])
 def test_a_model_in_another_layout_gets_the_same_scores(method):
     llama, batch = tiny_model(), random_batch()
-    phi3 = phi3_of(llama)
+    phi3 = load_benchmark("fused_layout").phi3_of(llama)
     with torch.no_grad():
         torch.testing.assert_close(phi3(**batch).logits, llama(**batch).logits)
     scores = [localize_heads(model, [batch, random_batch(seed=1)], method=method).values for model in (llama, phi3)]

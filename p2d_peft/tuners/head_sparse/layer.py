@@ -42,6 +42,28 @@ class WeightSlice:
         return (len(self.indices), in_features) if self.dim == ROWS else (out_features, len(self.indices))
 
 
+class _AddOnRows(torch.autograd.Function):
+    """
+    Adds y of shape (..., N) to some of the last dim's entries. As `index_add` does it, but that one keeps y for the
+    backward pass, which has no use for it.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(result_BTO: torch.Tensor, index_N: torch.Tensor, y_BTN: torch.Tensor) -> torch.Tensor:
+        return result_BTO.index_add(-1, index_N, 0.0 - y_BTN, alpha=-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTO: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
+        (index_N,) = ctx.saved_tensors
+        return grad_BTO, None, grad_BTO.index_select(-1, index_N)
+
+
 class HeadSparseLayer(BaseTunerLayer):
     """
     What every layer of HeadSparse has: the deltas, where they belong, and merging.
@@ -130,10 +152,10 @@ class HeadSparseLayer(BaseTunerLayer):
         else:
             A, B = self.head_sparse_A[adapter_name], self.head_sparse_B[adapter_name]
             y = nn.functional.linear(nn.functional.linear(self._cast_input_dtype(x, A.dtype), A), B)
+        y = y.to(result_BTO.dtype)
         # Subtracting 0 - y, and not adding y: r + 0.0 makes -0.0 to 0.0, while r - 0.0 is r in each bit, and 0 - y is
         # +0.0 for a zero of either sign. Never in place: hooks of the base layer may hold on to its output.
-        minus_y = 0.0 - y.to(result_BTO.dtype)
-        return result_BTO.index_add(-1, index_N, minus_y, alpha=-1) if on_rows else result_BTO - minus_y
+        return _AddOnRows.apply(result_BTO, index_N, y) if on_rows else result_BTO - (0.0 - y)
 
     def get_slice_delta(self, adapter_name: str) -> torch.Tensor:
         """The delta of an adapter on its slice, of shape (N, in_features) for rows or (out_features, N) for columns."""
