@@ -46,16 +46,6 @@ from p2d_peft import HeadSparseConfig
 from p2d_peft.heads import AttentionLayout, register_attention_layout
 
 
-# DeBERTa: the disentangled attention's own projections of the positions belong to no head
-register_attention_layout(
-    "DisentangledSelfAttention",
-    AttentionLayout("query_proj", "key_proj", "value_proj", "../output.dense", head_dim="attention_head_size"),
-    AttentionLayout(
-        "in_proj", "in_proj", "in_proj", "../output.dense", head_dim="attention_head_size", order="groups"
-    ),
-)
-
-
 def method_cases(task_type: str | None) -> list[tuple[type, dict[str, Any]]]:
     """The cases of HeadSparse, as PEFT's tests give those of its methods: a config class and its arguments."""
     task = {} if task_type is None else {"task_type": task_type}

@@ -147,6 +147,7 @@ _BERT = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
+_DEBERTA = {**_BERT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
 _BART = {
     "vocab_size": VOCAB_SIZE,
     "d_model": 48,
@@ -292,6 +293,8 @@ LAYOUTS: dict[str, Layout] = {
         {1: "roberta.encoder.layer.1.attention.output.dense"},
         auto="AutoModelForSequenceClassification",
     ),
+    "deberta": Layout("DebertaConfig", _DEBERTA, {1: "encoder.layer.1.attention.output.dense"}, auto="AutoModel"),
+    "deberta-v2": Layout("DebertaV2Config", _DEBERTA, {1: "encoder.layer.1.attention.output.dense"}, auto="AutoModel"),
     "modernbert": Layout(
         "ModernBertConfig",
         {**_BERT, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},

@@ -101,6 +101,7 @@ def _codegen_order(sizes: HeadSizes) -> dict[Role, list[int]]:
 
 _FUSED_GROUPS = AttentionLayout("query_key_value", "query_key_value", "query_key_value", "dense", order="groups")
 _GATED = AttentionLayout(q_dim=_query_and_gate)
+_BERT_OUTPUT = "../output.dense"
 _GPT2 = AttentionLayout("c_attn", "c_attn", "c_attn", "c_proj")
 _MLA_SIZES: dict[str, str] = {"head_dim": "v_head_dim", "q_dim": "qk_head_dim", "k_dim": "qk_nope_head_dim"}
 
@@ -108,6 +109,13 @@ _MLA_SIZES: dict[str, str] = {"head_dim": "v_head_dim", "q_dim": "qk_head_dim", 
 _BY_CLASS: dict[str, tuple[AttentionLayout, ...]] = {
     "BloomAttention": (_FUSED_GROUPS,),
     "CodeGenAttention": (AttentionLayout("qkv_proj", "qkv_proj", "qkv_proj", "out_proj", order=_codegen_order),),
+    # DeBERTa, versions 2 and 1; the projections of the relative positions belong to no head
+    "DisentangledSelfAttention": (
+        AttentionLayout("query_proj", "key_proj", "value_proj", _BERT_OUTPUT, head_dim="attention_head_size"),
+        AttentionLayout(
+            "in_proj", "in_proj", "in_proj", _BERT_OUTPUT, head_dim="attention_head_size", order="groups"
+        ),
+    ),
     "FalconAttention": (_FUSED_GROUPS,),  # all three variants: MHA, MQA (one group), GQA
     "GPT2Attention": (AttentionLayout("q_attn", "c_attn", "c_attn", "c_proj"), _GPT2),  # cross-attention, else self
     "GPTBigCodeAttention": (AttentionLayout("c_attn", "c_attn", "c_attn", "c_proj", order="groups"),),
@@ -127,7 +135,7 @@ _BY_PROJECTIONS: tuple[AttentionLayout, ...] = (
     AttentionLayout(o="out_proj"),  # OPT, BART, Whisper
     AttentionLayout(o="dense"),  # Phi
     AttentionLayout("q", "k", "v", "o", head_dim="key_value_proj_dim"),  # T5
-    AttentionLayout("query", "key", "value", "../output.dense", head_dim="attention_head_size"),  # BERT
+    AttentionLayout("query", "key", "value", _BERT_OUTPUT, head_dim="attention_head_size"),  # BERT
     # DeepSeek's latent attention, with and without a latent of the queries. What is projected down to the latents and
     # the rotated part of the keys is shared by all heads.
     AttentionLayout("q_b_proj", "kv_b_proj", "kv_b_proj", order="groups", **_MLA_SIZES),
