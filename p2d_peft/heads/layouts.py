@@ -112,9 +112,7 @@ _BY_CLASS: dict[str, tuple[AttentionLayout, ...]] = {
     # DeBERTa, versions 2 and 1; the projections of the relative positions belong to no head
     "DisentangledSelfAttention": (
         AttentionLayout("query_proj", "key_proj", "value_proj", _BERT_OUTPUT, head_dim="attention_head_size"),
-        AttentionLayout(
-            "in_proj", "in_proj", "in_proj", _BERT_OUTPUT, head_dim="attention_head_size", order="groups"
-        ),
+        AttentionLayout("in_proj", "in_proj", "in_proj", _BERT_OUTPUT, head_dim="attention_head_size", order="groups"),
     ),
     "FalconAttention": (_FUSED_GROUPS,),  # all three variants: MHA, MQA (one group), GQA
     "GPT2Attention": (AttentionLayout("q_attn", "c_attn", "c_attn", "c_proj"), _GPT2),  # cross-attention, else self

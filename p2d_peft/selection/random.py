@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
-from .scoring import Scorer, ScoringContext
+from .samples import Samples
+from .scoring import RowScores, Scorer, ScoreRows, ScoringContext
 
 
-def uniform(context: ScoringContext) -> torch.Tensor:
-    """Independent uniform scores in [0, 1), shape (pool,), float64; the model is not run."""
-    generator = torch.Generator().manual_seed(context.seed)
-    return torch.rand(len(context.pool), generator=generator, dtype=torch.float64)
+@contextmanager
+def uniform(context: ScoringContext) -> Iterator[ScoreRows]:
+    """
+    Independent uniform scores; the model is not run.
+
+    Yields:
+        `ScoreRows`: scores in [0, 1), float64.
+    """
+
+    def score(samples: Samples) -> RowScores:
+        return RowScores(torch.rand(len(samples), generator=context.generator(samples), dtype=torch.float64))
+
+    yield score
 
 
-SCORER = Scorer(uniform, needs_heads=False, needs_target=False)
+SCORER = Scorer(uniform, needs_heads=False, needs_target=False, passes=0)

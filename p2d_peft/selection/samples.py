@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.logging import tqdm
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -30,6 +29,7 @@ class Samples:
         labels (`list[list[int]]`): For each sample, the ids again, -100 on tokens that do not count.
         n_rows (`int`): Number of rows of the dataset. Rows that are no sample have no token that counts, because they
             are empty, masked throughout, or cut off before their completion.
+        n_truncated (`int`): Number of rows that were longer than `max_length`, and were cut off.
         pad_token_id (`int`): What to pad batches with.
     """
 
@@ -37,21 +37,33 @@ class Samples:
     input_ids: list[list[int]]
     labels: list[list[int]]
     n_rows: int
+    n_truncated: int
     pad_token_id: int
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batches(
-        self, batch_size: int, device: torch.device, desc: str | None = None
-    ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens of all samples."""
+        return sum(map(len, self.input_ids))
+
+    def subset(self, indices: list[int]) -> Samples:
+        """Some of the samples, by their positions here."""
+        return replace(
+            self,
+            rows=[self.rows[i] for i in indices],
+            input_ids=[self.input_ids[i] for i in indices],
+            labels=[self.labels[i] for i in indices],
+        )
+
+    def batches(self, batch_size: int, device: torch.device) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
         """
         Batches of samples of similar length, the longest first, so that a lack of memory shows at once.
 
         Args:
             batch_size (`int`): Samples a batch; the last batch may hold fewer.
             device (`torch.device`): Where the tensors go.
-            desc (`str`, *optional*): Name of the progress bar; no bar without one.
 
         Yields:
             `tuple[list[int], dict[str, torch.Tensor]]`: the positions of the batch's samples in `rows`, and their
@@ -59,12 +71,10 @@ class Samples:
         """
         collate = DataCollatorForLanguageModeling(pad_token_id=self.pad_token_id)
         order = sorted(range(len(self)), key=lambda index: -len(self.input_ids[index]))
-        with tqdm(total=len(self), desc=desc, unit="row", disable=desc is None) as progress:
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                batch = collate([{"input_ids": self.input_ids[i], "labels": self.labels[i]} for i in chosen])
-                yield chosen, {key: value.to(device) for key, value in batch.items()}
-                progress.update(len(chosen))
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = collate([{"input_ids": self.input_ids[i], "labels": self.labels[i]} for i in chosen])
+            yield chosen, {key: value.to(device) for key, value in batch.items()}
 
 
 def prepare_samples(
@@ -73,6 +83,7 @@ def prepare_samples(
     args: SFTConfig,
     formatting_func: Callable[[dict[str, Any]], str] | None = None,
     name: str = "pool",
+    rows: int | Sequence[int] = 0,
 ) -> Samples:
     """
     Tokenize a dataset of any type that `SFTTrainer` takes, truncate it and mask what does not count in the loss.
@@ -84,6 +95,8 @@ def prepare_samples(
             `truncation_mode`, `completion_only_loss`, `assistant_only_loss`, `eos_token`, `dataset_num_proc`.
         formatting_func (`Callable`, *optional*): As in `SFTTrainer`: from a row to its text.
         name (`str`, *optional*, defaults to `"pool"`): What to call the dataset in progress bars and errors.
+        rows (`int` or `Sequence[int]`, *optional*, defaults to 0): For a part of a larger dataset, the numbers that its
+            rows have there, ascending; or the first of them, if they follow one another.
 
     Raises:
         `TypeError`: if `dataset` or `processing_class` is of another type.
@@ -109,16 +122,17 @@ def prepare_samples(
     )
     prepared = preparer.prepare(numbered, formatting_func, name)
     prepared = prepared.select_columns([_ROW, "input_ids", "labels"]).with_format(None)[:]
-    # a label counts if it is predicted, which the first token's is not
-    kept = [i for i, labels in enumerate(prepared["labels"]) if any(label != -100 for label in labels[1:])]
-    pad, eos = preparer.tokenizer.pad_token_id, preparer.tokenizer.eos_token_id
-    return Samples(
-        rows=[prepared[_ROW][i] for i in kept],
-        input_ids=[prepared["input_ids"][i] for i in kept],
-        labels=[prepared["labels"][i] for i in kept],
-        n_rows=len(dataset),
-        pad_token_id=pad if pad is not None else eos if eos is not None else 0,  # masked, so any id will do
-    )
+    samples = Samples([], [], [], n_rows=len(dataset), n_truncated=0, pad_token_id=preparer.pad_token_id)
+    n_truncated = 0
+    for row, input_ids, labels in zip(prepared[_ROW], prepared["input_ids"], prepared["labels"], strict=True):
+        n_truncated += len(input_ids) > len(input_ids[preparer.kept])
+        input_ids, labels = input_ids[preparer.kept], labels[preparer.kept]
+        # a label counts if it is predicted, which the first token's is not
+        if any(label != -100 for label in labels[1:]):
+            samples.rows.append(rows + row if isinstance(rows, int) else rows[row])
+            samples.input_ids.append(input_ids)
+            samples.labels.append(labels)
+    return replace(samples, n_truncated=n_truncated)
 
 
 class _Preparer(SFTTrainer):
@@ -138,6 +152,12 @@ class _Preparer(SFTTrainer):
             )
         self._args = copy.copy(args)
         self._args.shuffle_dataset = False  # rows keep their order
+        # SFTTrainer would cut in the same places, but not tell how many rows it cut
+        self._args.max_length = None
+        if args.truncation_mode not in ("keep_start", "keep_end"):
+            raise ValueError(f"`truncation_mode` must be 'keep_start' or 'keep_end', got {args.truncation_mode!r}.")
+        from_start = args.max_length is None or args.truncation_mode == "keep_start"
+        self.kept = slice(None, args.max_length) if from_start else slice(-args.max_length, None)
         self._tokenizer = processing_class
         if args.eos_token is not None:
             self._tokenizer = copy.deepcopy(processing_class)
@@ -151,8 +171,10 @@ class _Preparer(SFTTrainer):
         )
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self._tokenizer
+    def pad_token_id(self) -> int:
+        # what is padded is masked, so any id will do
+        ids = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, 0)
+        return next(token_id for token_id in ids if token_id is not None)
 
     def prepare(self, dataset: Dataset, formatting_func: Callable[[dict[str, Any]], str] | None, name: str) -> Dataset:
         return self._prepare_dataset(dataset, self._tokenizer, self._args, False, formatting_func, name)

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from ..heads import HeadSet, ModelGeometry
-from ..model_state import model_device, preserved_state
 from . import affinity, icl, perplexity, random
-from .samples import Samples, prepare_samples
-from .scoring import Scorer, ScoringContext
+from .engine import PoolScores, ScoringEngine
+from .policies import Policy, Ranking
+from .pool import kept_rows, ranked, rows_of
+from .report import ScoringEstimate, ScoringReport
+from .scoring import Scorer
 
 
 logger = logging.getLogger(__name__)
 
 ScorerName = Literal["affinity", "icl", "perplexity", "random"]
-SCORE_COLUMN = "p2d_score"
 _SCORERS: dict[str, Scorer] = {
     "affinity": affinity.SCORER,
     "icl": icl.SCORER,
@@ -54,10 +56,15 @@ class P2DDataSelector:
             - `"perplexity"`: the hardest samples; a control;
             - `"random"`: a seeded draw; the control.
         ratio (`float`, *optional*):
-            Share of the pool's rows to keep, in (0, 1]; rounded, at least one row. 0.1, the paper's, if neither `ratio`
-            nor `num_samples` is given.
+            Share of the pool's rows to keep, in (0, 1]; rounded, at least one row. 0.1, the paper's, if none of `ratio`,
+            `num_samples` and `max_tokens` is given.
         num_samples (`int`, *optional*):
             Number of rows to keep, in place of `ratio`.
+        max_tokens (`int`, *optional*):
+            Number of tokens to keep, in place of `ratio`: the best rows that fit into it. Rows count as they will be
+            trained on, truncated to `max_length`.
+        policies (`Sequence[Policy]`, *optional*):
+            What else decides on the rows beside their scores, applied in this order; see `p2d_peft.selection.policies`.
         args (`SFTConfig`, *optional*):
             How rows become tokens: `max_length`, `dataset_text_field`, `completion_only_loss`, `assistant_only_loss`
             and the like. Pass the config you will train with; its other fields are not read.
@@ -67,10 +74,17 @@ class P2DDataSelector:
             Rows a forward pass.
         seed (`int`, *optional*, defaults to 42):
             The same seed gives the same rows.
+        cache_dir (`str` or `Path`, *optional*):
+            Folder to keep scores in as they come. A run that was killed goes on from there, if model, heads, rows,
+            target and options are the same; where one of them changed, it starts anew. On several machines it has to be
+            a shared one, or be left out. By default nothing is written.
+
+    Attributes:
+        report ([`ScoringReport`] or `None`): What there is to tell of the last scoring.
 
     Raises:
-        `ValueError`: if the scorer is unknown or lacks what it needs, `heads` does not fit the model, or `ratio`,
-            `num_samples` or `batch_size` is out of range.
+        `ValueError`: if the scorer is unknown or lacks what it needs, `heads` does not fit the model, the model has
+            several stacks of attention, or `ratio`, `num_samples`, `max_tokens` or `batch_size` is out of range.
 
     Example:
 
@@ -91,50 +105,70 @@ class P2DDataSelector:
         scorer: ScorerName = "affinity",
         ratio: float | None = None,
         num_samples: int | None = None,
+        max_tokens: int | None = None,
+        policies: Sequence[Policy] = (),
         args: SFTConfig | None = None,
         formatting_func: Callable[[dict[str, Any]], str] | None = None,
         batch_size: int = 8,
         seed: int = 42,
+        cache_dir: str | Path | None = None,
     ) -> None:
         if scorer not in _SCORERS:
             raise ValueError(f"`scorer` must be one of {', '.join(map(repr, _SCORERS))}, got {scorer!r}.")
-        if ratio is not None and num_samples is not None:
-            raise ValueError(f"Give `ratio` or `num_samples`, not both; got {ratio} and {num_samples}.")
+        sizes = {"ratio": ratio, "num_samples": num_samples, "max_tokens": max_tokens}
+        given = {name: value for name, value in sizes.items() if value is not None}
+        if len(given) > 1:
+            raise ValueError(f"Give only one of `ratio`, `num_samples` and `max_tokens`, got {given}.")
         if ratio is not None and not 0 < ratio <= 1:
             raise ValueError(f"`ratio` must be in (0, 1], got {ratio}.")
-        if num_samples is not None and num_samples < 1:
-            raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-        self._scorer = _SCORERS[scorer]
-        if self._scorer.needs_heads:
+        for name, value in (("num_samples", num_samples), ("max_tokens", max_tokens), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        needs = _SCORERS[scorer]
+        if needs.needs_heads:
             if heads is None:
                 raise ValueError(
                     f"`scorer`={scorer!r} needs `heads`; find them with `localize_heads(...).top(0.1)`, or use "
                     "'perplexity' or 'random'."
                 )
-            ModelGeometry.of(model).check(heads)
-        if self._scorer.needs_target and target is None:
+            geometry = ModelGeometry.of(model)
+            if geometry.stacks:
+                raise ValueError(
+                    f"`scorer`={scorer!r} is for models with one stack of attention, but `model` "
+                    f"({type(model).__name__}) has several ({', '.join(geometry.stacks)}); use 'random'."
+                )
+            geometry.check(heads)
+        if needs.needs_target and target is None:
             raise ValueError(f"`scorer`={scorer!r} needs `target`, a few samples of the task as a `datasets.Dataset`.")
-        self.model = model
-        self.processing_class = processing_class
-        self.heads = heads
-        self.target = target
-        self.scorer = scorer
-        self.ratio = 0.1 if ratio is None and num_samples is None else ratio
+        self.ratio = 0.1 if not given else ratio
         self.num_samples = num_samples
-        # bf16=False: the default asks for hardware support, and no training happens here
-        self.args = SFTConfig(bf16=False, report_to="none") if args is None else args
-        self.formatting_func = formatting_func
-        self.batch_size = batch_size
-        self.seed = seed
+        self.max_tokens = max_tokens
+        self.policies = tuple(policies)
+        self.report: ScoringReport | None = None
+        self.engine = ScoringEngine(
+            name=scorer,
+            scorer=needs,
+            model=model,
+            processing_class=processing_class,
+            # bf16=False: the default asks for hardware support, and no training happens here
+            args=SFTConfig(bf16=False, report_to="none") if args is None else args,
+            formatting_func=formatting_func,
+            heads=heads,
+            target=target,
+            batch_size=batch_size,
+            seed=seed,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
+            per_target=any(policy.needs_per_target for policy in self.policies),
+        )
 
-    def score(self, pool: Dataset) -> torch.Tensor:
+    def score(self, pool: Dataset | IterableDataset) -> torch.Tensor:
         """
-        Score every row of a pool.
+        Score every row of a pool. What there is to tell of it is in `report` afterwards.
+
+        Started by `accelerate launch` or `torchrun`, each process scores its share of the pool, and all get all scores.
 
         Args:
-            pool (`Dataset`): The rows.
+            pool (`Dataset` or `IterableDataset`): The rows. Of a stream no more than some thousand are in memory at once.
 
         Returns:
             `torch.Tensor`: shape (rows,), float64; the higher, the sooner a row is taken. NaN for a row without a token
@@ -143,49 +177,15 @@ class P2DDataSelector:
         Raises:
             `ValueError`: if no row has a token that counts, or a row's score is not finite; the rows are named.
         """
-        samples = self._prepare(pool, "pool")
-        target = self._prepare(self.target, "target") if self._scorer.needs_target and self.target else None
-        if len(samples) < samples.n_rows:
-            missing = sorted(set(range(samples.n_rows)) - set(samples.rows))
-            logger.warning(
-                "%d of %d rows of the pool have no token that counts and will not be selected: rows %s.",
-                len(missing),
-                samples.n_rows,
-                _shortened(missing),
-            )
-        with preserved_state(self.model), torch.no_grad():
-            self.model.eval()
-            values = self._scorer.score(
-                ScoringContext(
-                    model=self.model,
-                    pool=samples,
-                    target=target,
-                    heads=self.heads,
-                    batch_size=self.batch_size,
-                    seed=self.seed,
-                    device=model_device(self.model),
-                )
-            ).double()
-        bad = [samples.rows[i] for i in (~values.isfinite()).nonzero().flatten().tolist()]
-        if bad:
-            raise ValueError(
-                f"`scorer`={self.scorer!r} gave no finite score to {len(bad)} of {samples.n_rows} rows of the pool: "
-                f"rows {_shortened(bad)}. The model's outputs are not finite on them."
-            )
-        if len(values) > 1 and bool((values == values[0]).all()):
-            logger.warning(
-                "`scorer`=%r gave all %d rows the same score, so it selects by row number.", self.scorer, len(values)
-            )
-        scores = torch.full((samples.n_rows,), torch.nan, dtype=torch.float64)
-        scores[samples.rows] = values
-        return scores
+        return self._score(pool).scores
 
-    def select(self, pool: Dataset) -> Dataset:
+    def select(self, pool: Dataset | IterableDataset) -> Dataset:
         """
         Keep the rows with the highest scores; ties go to the lower row number.
 
         Args:
-            pool (`Dataset`): The rows.
+            pool (`Dataset` or `IterableDataset`): The rows. A stream is read twice: once to score its rows and once to
+                pick those that are kept, so it has to give the same rows again.
 
         Returns:
             `Dataset`: the kept rows in the pool's own columns and order, plus the column `p2d_score` (float64).
@@ -193,24 +193,73 @@ class P2DDataSelector:
         Raises:
             `ValueError`: if `num_samples` is larger than the pool, or as [`~P2DDataSelector.score`] does.
         """
-        self._count(len(pool))  # before the expensive part
-        scores = self.score(pool)
-        rows = self.choose(scores)
-        return kept_rows(pool, rows, scores[rows].tolist())
+        if isinstance(pool, Dataset):
+            self._count(len(pool))  # before the expensive part
+        scored = self._score(pool)
+        rows = self._choose(pool, scored)
+        return kept_rows(rows_of(pool, rows), scored.scores[rows].tolist())
 
     def choose(self, scores: torch.Tensor) -> list[int]:
         """
-        The rows that [`~P2DDataSelector.select`] keeps for given scores, ascending.
+        The rows with the highest of given scores, ascending: what [`~P2DDataSelector.select`] keeps where there are no
+        `policies` and no `max_tokens`.
 
         Args:
             scores (`torch.Tensor`): Shape (rows,), as [`~P2DDataSelector.score`] returns them; NaN is never kept.
         """
         count = self._count(len(scores))
-        ranked = torch.argsort(scores.nan_to_num(nan=-torch.inf), descending=True, stable=True)
-        rows = sorted(row for row in ranked[:count].tolist() if not scores[row].isnan())
+        rows = sorted(ranked(scores)[:count])
         if len(rows) < count:
             logger.warning("Only %d rows have a token that counts; %d were asked for.", len(rows), count)
         return rows
+
+    def estimate(self, pool: Dataset) -> ScoringEstimate:
+        """
+        Forecast what scoring a pool will take, from a few batches of it.
+
+        Args:
+            pool (`Dataset`): The rows.
+        """
+        return self.engine.estimate(pool)
+
+    def _score(self, pool: Dataset | IterableDataset) -> PoolScores:
+        scored = self.engine.score(pool)
+        self.report = scored.report
+        return scored
+
+    def _choose(self, pool: Dataset | IterableDataset, scored: PoolScores) -> list[int]:
+        """The rows to keep, ascending, after all policies."""
+        if not self.policies and self.max_tokens is None:
+            return self.choose(scored.scores)
+        n_rows = len(scored.scores)
+        if self.max_tokens is None:
+            wanted = self._count(n_rows)
+        else:
+            mean = float(scored.n_tokens[scored.n_tokens > 0].double().mean())
+            wanted = min(n_rows, max(1, round(self.max_tokens / mean)))
+        rows = ranked(scored.scores)
+        ranking = Ranking(
+            scores=scored.scores,
+            n_tokens=scored.n_tokens,
+            wanted=wanted,
+            seed=self.engine.seed,
+            column=lambda name, chosen: rows_of(pool, list(chosen)).with_format(None)[name][:],
+            samples=lambda chosen: self.engine.prepare(rows_of(pool, sorted(chosen)), "pool", sorted(chosen)),
+            features=lambda chosen: self.engine.features(pool, list(chosen)),
+            per_target=scored.per_target,
+        )
+        for policy in self.policies:
+            rows = policy(rows, ranking)
+        if self.max_tokens is None:
+            if len(rows) < wanted:
+                logger.warning("The policies left %d rows; %d were asked for.", len(rows), wanted)
+            return sorted(rows[:wanted])
+        kept, left = [], self.max_tokens
+        for row in rows:
+            if scored.n_tokens[row] <= left:  # a shorter one further down may still fit
+                kept.append(row)
+                left -= int(scored.n_tokens[row])
+        return sorted(kept)
 
     def _count(self, n_rows: int) -> int:
         if self.num_samples is None:
@@ -219,24 +268,3 @@ class P2DDataSelector:
         if self.num_samples > n_rows:
             raise ValueError(f"`num_samples`={self.num_samples} is more than the {n_rows} rows of the pool.")
         return self.num_samples
-
-    def _prepare(self, dataset: Dataset, name: str) -> Samples:
-        samples = prepare_samples(dataset, self.processing_class, self.args, self.formatting_func, name)
-        if not len(samples):
-            raise ValueError(
-                f"No row of `{name}` has a token that counts (a label other than -100); check its contents, "
-                f"`max_length`={self.args.max_length} and the loss masks."
-            )
-        return samples
-
-
-def kept_rows(pool: Dataset, rows: list[int], scores: list[float]) -> Dataset:
-    """Rows of a pool with their scores in the column `p2d_score`, which replaces that of an earlier selection."""
-    kept = pool.select(rows)
-    if SCORE_COLUMN in kept.column_names:
-        kept = kept.remove_columns(SCORE_COLUMN)
-    return kept.add_column(SCORE_COLUMN, scores)
-
-
-def _shortened(rows: list[int], most: int = 10) -> str:
-    return ", ".join(map(str, rows[:most])) + (f" and {len(rows) - most} more" if len(rows) > most else "")

@@ -24,7 +24,7 @@ from ..heads import HeadScores, HeadSet, ModelGeometry, localize_heads
 from ..report import P2DReport
 from ..report.run_report import REPORT_NAME
 from ..selection import P2DDataSelector
-from ..selection.selector import kept_rows
+from ..selection.pool import kept_rows
 from ..tuners import HeadSparseConfig
 from .config import P2DConfig
 from .reference import count_tokens, find_reference, training_batches
@@ -263,7 +263,7 @@ class P2DTrainer(SFTTrainer):
                 f"The checkpoint's rows were selected from {state.pool_rows} rows, but `train_dataset` has {len(pool)}; "
                 "pass the same dataset to resume."
             )
-        selected = kept_rows(pool, state.rows, state.scores)
+        selected = kept_rows(pool.select(state.rows), state.scores)
         self.train_dataset = self._packed(selected) if self.args.packing else selected
         self.heads = state.heads
         if self._head_sparse_config is not None:

@@ -122,3 +122,14 @@ def test_meta_weights_are_refused_before_any_pass():
 
 def test_the_result_leads_to_a_head_set():
     assert isinstance(localize_heads(tiny_model(), [random_batch()], method="taylor").top(0.1), HeadSet)
+
+
+def test_the_cache_of_an_autocast_around_it_hides_no_change_of_the_weights():
+    batches = [random_batch(seed=seed) for seed in range(6)]
+    with torch.autocast("cpu", torch.bfloat16):
+        tiny_model()(**batches[0])  # as a trainer's loop may have done before
+        within = localize_heads(tiny_model(), batches).values
+        assert torch.is_autocast_cache_enabled()
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        expected = localize_heads(tiny_model(), batches).values
+    assert torch.equal(within, expected)

@@ -10,7 +10,7 @@ from p2d_peft.selection import P2DDataSelector
 
 from ..model_checks import assert_unchanged, mixed_state, snapshot
 from ..tiny_data import KINDS, prompt_completion, rows, text
-from ..tiny_models import ARCHITECTURES, FEW, tiny_model, tiny_tokenizer
+from ..tiny_models import ARCHITECTURES, FEW, LAYOUTS, tiny_model, tiny_tokenizer
 
 
 HEADS = HeadSet([(0, 1), (1, 0), (1, 3)])
@@ -142,7 +142,8 @@ def test_icl_equals_the_definition_with_whole_prompts_and_eager_attention():
     scores = selector(scorer="icl", target=target, seed=5).score(pool)
 
     tokenizer, eager = tiny_tokenizer(), tiny_model(attn_implementation="eager")
-    order = torch.randperm(8, generator=torch.Generator().manual_seed(5)).tolist()  # one group of all 8 rows
+    generator = torch.Generator().manual_seed(hash((5, 0)))  # of the seed and the first row
+    order = torch.randperm(8, generator=generator).tolist()  # one group of all 8 rows
 
     def ids(row):
         return tokenizer(row["prompt"] + row["completion"] + "</s>")["input_ids"]
@@ -207,7 +208,10 @@ def test_an_earlier_score_is_replaced():
     ("kwargs", "message"),
     [
         ({"scorer": "magic"}, r"`scorer` must be one of 'affinity', 'icl', 'perplexity', 'random', got 'magic'"),
-        ({"ratio": 0.1, "num_samples": 3}, r"`ratio` or `num_samples`, not both; got 0\.1 and 3"),
+        (
+            {"ratio": 0.1, "num_samples": 3},
+            r"only one of `ratio`, `num_samples` and `max_tokens`, got {'ratio': 0\.1, 'num_samples': 3}",
+        ),
         ({"ratio": 0}, r"`ratio` must be in \(0, 1\], got 0"),
         ({"ratio": 1.5}, r"`ratio` must be in \(0, 1\], got 1\.5"),
         ({"num_samples": 0}, "`num_samples` must be at least 1, got 0"),
@@ -230,14 +234,22 @@ def test_missing_heads_and_targets_are_named():
     assert len(P2DDataSelector(model, tokenizer, scorer="random").select(text())) == 2
 
 
+def test_several_stacks_of_attention_are_refused():
+    model = LAYOUTS["t5"].model()
+    for scorer in ("affinity", "icl"):
+        with pytest.raises(ValueError, match=r"T5ForConditionalGeneration\) has several \(cross, decoder, encoder\)"):
+            P2DDataSelector(model, tiny_tokenizer(), heads=HeadSet([("encoder.0", 1)]), target=text(), scorer=scorer)
+
+
 def test_too_many_rows_and_nothing_to_learn_are_errors_before_any_pass():
     model = tiny_model()
     model.forward = None  # any pass would fail
     with pytest.raises(ValueError, match="`num_samples`=25 is more than the 24 rows of the pool"):
         selector(model, num_samples=25).select(text())
     args = SFTConfig(bf16=False, report_to="none", max_length=3)
-    with pytest.raises(ValueError, match=r"No row of `pool` has a token that counts.*`max_length`=3"):
-        selector(model, args=args).select(prompt_completion())
+    for scorer, name in (("affinity", "target"), ("perplexity", "pool"), ("random", "pool")):
+        with pytest.raises(ValueError, match=rf"No row of `{name}` has a token that counts.*`max_length`=3"):
+            selector(model, scorer, args=args).select(prompt_completion())
 
 
 @pytest.mark.parametrize("scorer", ["affinity", "icl", "perplexity"])

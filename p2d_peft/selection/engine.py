@@ -1,0 +1,338 @@
+"""Scores a pool shard by shard, on one process or several, and remembers what is done."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from datasets.fingerprint import Hasher
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from ..heads import HeadSet
+from ..model_state import model_device, preserved_state
+from .fingerprint import run_fingerprint
+from .pool import rows_of
+from .progress import ScoringProgress
+from .report import ScoringEstimate, ScoringReport
+from .samples import Samples, prepare_samples
+from .scoring import Scorer, ScoreRows, ScoringContext
+from .shards import SHARD_ROWS, ScoredShard, Shard, ShardStore, shards_of
+
+
+logger = logging.getLogger(__name__)
+
+# What a scorer gets to see of a pool as a whole. The error of a mean over so many rows is a 22nd of the rows' own spread.
+SAMPLE_ROWS = 512
+# Batches that a forecast scores.
+ESTIMATE_BATCHES = 8
+
+
+@dataclass(frozen=True)
+class PoolScores:
+    """
+    The scores of a pool.
+
+    Args:
+        scores (`torch.Tensor`): Shape (rows,), float64; NaN for rows without a token that counts.
+        n_tokens (`torch.Tensor`): Shape (rows,), int64: the length of each scored row, 0 for the others.
+        per_target (`torch.Tensor`, *optional*): Shape (rows, target's samples), float32.
+        report (`ScoringReport`): What there is to tell.
+    """
+
+    scores: torch.Tensor
+    n_tokens: torch.Tensor
+    per_target: torch.Tensor | None
+    report: ScoringReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringEngine:
+    """
+    A scorer with all that it needs, to be let loose on pools.
+
+    Args:
+        name (`str`): The scorer's name.
+        scorer (`Scorer`): The scorer.
+        model, processing_class, args, formatting_func, heads, batch_size, seed, cache_dir: As in [`P2DDataSelector`].
+        target (`Dataset`, *optional*): The samples of the task.
+        per_target (`bool`): Whether the scores for each of the target's samples are wanted.
+    """
+
+    name: str
+    scorer: Scorer
+    model: nn.Module
+    processing_class: PreTrainedTokenizerBase
+    args: SFTConfig
+    formatting_func: Callable[[dict[str, Any]], str] | None
+    heads: HeadSet | None
+    target: Dataset | None
+    batch_size: int
+    seed: int
+    cache_dir: Path | None
+    per_target: bool
+
+    def score(self, pool: Dataset | IterableDataset) -> PoolScores:
+        """Score every row of a pool; for what is raised see [`P2DDataSelector.score`]."""
+        start = time.perf_counter()
+        target, sample = self._target(), self._sample(pool)
+        process, n_processes = _process()
+        store = None
+        if self.cache_dir is not None:
+            store = ShardStore(self.cache_dir, self._fingerprint(sample, target))
+        total = len(pool) if isinstance(pool, Dataset) else None
+        progress = ScoringProgress(
+            f"Scoring pool ({self.name})", total and total // n_processes, self.scorer.passes, process == 0
+        )
+        done: list[ScoredShard] = []
+        n_resumed = 0
+        try:
+            # opened only where there is something to score
+            with ExitStack() as stack:
+                score_rows: ScoreRows | None = None
+                for shard in shards_of(pool, None if self.scorer.whole_pool else SHARD_ROWS):
+                    if shard.index % n_processes != process:
+                        continue
+                    scored = store.load(shard) if store is not None else None
+                    if scored is not None:
+                        n_resumed += len(shard.rows)
+                        progress.start_shard()
+                    else:
+                        if score_rows is None:
+                            score_rows = stack.enter_context(self._open(sample, target, progress))
+                        progress.start_shard()
+                        scored = self._score_shard(shard, score_rows)
+                        if store is not None:
+                            store.save(shard, scored)
+                    progress.end_shard(len(shard.rows))
+                    done.append(scored)
+        finally:
+            progress.close()
+        if n_processes > 1:
+            done = sorted(gather_object(done), key=lambda scored: scored.index)
+            n_resumed = sum(gather_object([n_resumed]))
+        return self._collect(done, n_resumed, time.perf_counter() - start)
+
+    def _score_shard(self, shard: Shard, score_rows: ScoreRows) -> ScoredShard:
+        """Score one shard's rows."""
+        samples = self.prepare(shard.rows, "pool", shard.first_row)
+        n_rows = len(shard.rows)
+        scores = torch.full((n_rows,), torch.nan, dtype=torch.float64)
+        n_tokens = torch.zeros(n_rows, dtype=torch.int32)
+        per_target = None
+        if len(samples):
+            found = score_rows(samples)
+            places = [row - shard.first_row for row in samples.rows]
+            # what is not finite is told from what does not count by its length
+            scores[places] = found.scores.double()
+            n_tokens[places] = torch.tensor([len(ids) for ids in samples.input_ids], dtype=torch.int32)
+            if self.per_target:
+                if found.per_target is None:
+                    raise ValueError(
+                        f"`policies` need scores for each of the target's samples, which `scorer`={self.name!r} "
+                        "does not give; use 'affinity'."
+                    )
+                per_target = torch.full((n_rows, found.per_target.shape[1]), torch.nan)
+                per_target[places] = found.per_target.float()
+        return ScoredShard(shard.index, shard.first_row, scores, n_tokens, samples.n_truncated, per_target)
+
+    def _collect(self, done: list[ScoredShard], n_resumed: int, seconds: float) -> PoolScores:
+        """Put the shards together and look at what came out."""
+        scores = torch.cat([scored.scores for scored in done] or [torch.empty(0, dtype=torch.float64)])
+        n_tokens = torch.cat([scored.n_tokens for scored in done] or [torch.empty(0, dtype=torch.int32)])
+        parts = [scored.per_target for scored in done if scored.per_target is not None]
+        n_targets = parts[0].shape[1] if parts else 0
+        # a shard without a single token that counts has none
+        per_target = (
+            torch.cat(
+                [
+                    scored.per_target
+                    if scored.per_target is not None
+                    else torch.full((len(scored.scores), n_targets), torch.nan)
+                    for scored in done
+                ]
+            )
+            if parts
+            else None
+        )
+        counted = n_tokens > 0
+        report = ScoringReport(
+            n_rows=len(scores),
+            uncounted_rows=tuple((~counted).nonzero().flatten().tolist()),
+            n_truncated=sum(scored.n_truncated for scored in done),
+            n_tokens=int(n_tokens.sum()),
+            n_resumed=n_resumed,
+            seconds=seconds,
+        )
+        if not counted.any():
+            raise ValueError(self._nothing_counts("pool"))
+        if report.uncounted_rows:
+            logger.warning(
+                "%d of %d rows of the pool have no token that counts and will not be selected: rows %s.",
+                len(report.uncounted_rows),
+                len(scores),
+                _shortened(report.uncounted_rows),
+            )
+        if report.n_truncated:
+            logger.info(
+                "%d of %d rows of the pool were cut off at `max_length`=%s.",
+                report.n_truncated,
+                len(scores),
+                self.args.max_length,
+            )
+        bad = (counted & ~scores.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"`scorer`={self.name!r} gave no finite score to {len(bad)} of {len(scores)} rows of the pool: "
+                f"rows {_shortened(bad)}. The model's outputs are not finite on them."
+            )
+        values = scores[counted]
+        if len(values) > 1 and bool((values == values[0]).all()):
+            logger.warning(
+                "`scorer`=%r gave all %d rows the same score, so it selects by row number.", self.name, len(values)
+            )
+        return PoolScores(scores, n_tokens.long(), per_target, report)
+
+    def features(self, pool: Dataset | IterableDataset, rows: list[int]) -> torch.Tensor:
+        """The scorer's features of some rows, in the order asked for."""
+        ascending = sorted(rows)
+        samples = self.prepare(rows_of(pool, ascending), "pool", ascending)
+        with self._open(self._sample(pool), self._target()) as score_rows:
+            features = score_rows(samples).features
+        if features is None:
+            raise ValueError(
+                f"`policies` need features of rows, which `scorer`={self.name!r} does not have; use 'affinity'."
+            )
+        place = {row: index for index, row in enumerate(samples.rows)}
+        return features[[place[row] for row in rows]]
+
+    @contextmanager
+    def _open(
+        self, sample: Samples | None, target: Samples | None, progress: ScoringProgress | None = None
+    ) -> Iterator[ScoreRows]:
+        """The scorer, ready to score."""
+        watched = {} if progress is None else {"progress": progress.passed}
+        with preserved_state(self.model), torch.no_grad():
+            self.model.eval()
+            context = ScoringContext(
+                model=self.model,
+                sample=sample,
+                target=target,
+                heads=self.heads,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                device=model_device(self.model),
+                **watched,
+            )
+            with self.scorer.open(context) as score_rows:
+                yield score_rows
+
+    def _target(self) -> Samples | None:
+        if not self.scorer.needs_target:
+            return None
+        assert self.target is not None
+        target = self.prepare(self.target, "target")
+        if not len(target):
+            raise ValueError(self._nothing_counts("target"))
+        return target
+
+    def _sample(self, pool: Dataset | IterableDataset) -> Samples | None:
+        """Some rows of the pool, for scorers that have to know it as a whole."""
+        if not self.scorer.needs_sample:
+            return None
+        if isinstance(pool, Dataset):
+            rows = sorted(self._draw(len(pool))[:SAMPLE_ROWS])
+            sample = self.prepare(pool.select(rows), "pool", rows)
+        else:  # what comes later would have to be read first
+            first = next(shards_of(pool, SAMPLE_ROWS), None)
+            if first is None:
+                raise ValueError("`pool` has no rows.")
+            sample = self.prepare(first.rows, "pool")
+        if not len(sample):
+            raise ValueError(self._nothing_counts("pool"))
+        return sample
+
+    def _draw(self, n_rows: int) -> list[int]:
+        """All rows in a random order."""
+        order: list[int] = torch.randperm(n_rows, generator=torch.Generator().manual_seed(self.seed)).tolist()
+        return order
+
+    def _fingerprint(self, sample: Samples | None, target: Samples | None) -> dict[str, str]:
+        named = {
+            "per_target": str(self.per_target),
+            "formatting_func": str(Hasher.hash(self.formatting_func)),
+        }
+        return named | run_fingerprint(
+            self.model,
+            self.processing_class,
+            self.args,
+            self.name,
+            self.heads if self.scorer.needs_heads else None,
+            self.batch_size,
+            self.seed,
+            sample,
+            target,
+        )
+
+    def estimate(self, pool: Dataset) -> ScoringEstimate:
+        """
+        Forecast what scoring a pool will take, from a few batches.
+
+        Args:
+            pool (`Dataset`): The rows.
+
+        Returns:
+            [`ScoringEstimate`]
+        """
+        start = time.perf_counter()
+        target, sample = self._target(), self._sample(pool)
+        drawn = self._draw(len(pool))[SAMPLE_ROWS if self.scorer.needs_sample else 0 :]
+        rows = sorted(drawn[: ESTIMATE_BATCHES * self.batch_size])
+        samples = self.prepare(pool.select(rows), "pool", rows) if rows else None
+        with self._open(sample, target) as score_rows:
+            opened = time.perf_counter()
+            if samples is not None and len(samples):
+                score_rows(samples)
+            end = time.perf_counter()
+        share = len(drawn) / len(rows) if rows else 0
+        return ScoringEstimate(
+            seconds=opened - start + (end - opened) * share,
+            n_rows=len(pool),
+            n_tokens=round(sum(part.n_tokens / part.n_rows * len(pool) for part in (samples or sample,) if part)),
+            measured_rows=len(rows),
+            measured_seconds=end - start,
+        )
+
+    def prepare(self, dataset: Dataset, name: str, rows: int | list[int] = 0) -> Samples:
+        return prepare_samples(dataset, self.processing_class, self.args, self.formatting_func, name, rows)
+
+    def _nothing_counts(self, name: str) -> str:
+        return (
+            f"No row of `{name}` has a token that counts (a label other than -100); check its contents, "
+            f"`max_length`={self.args.max_length} and the loss masks."
+        )
+
+
+def _process() -> tuple[int, int]:
+    """The number of this process, and how many there are."""
+    if torch.distributed.is_available() and (
+        torch.distributed.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    ):
+        state = PartialState()
+        return state.process_index, state.num_processes
+    return 0, 1
+
+
+def _shortened(rows: Sequence[int], most: int = 10) -> str:
+    return ", ".join(map(str, rows[:most])) + (f" and {len(rows) - most} more" if len(rows) > most else "")

@@ -1,0 +1,34 @@
+"""Rows of a pool: in the order of their scores, by their numbers, and as what a selection returns."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import torch
+from datasets import Dataset, IterableDataset
+
+
+SCORE_COLUMN = "p2d_score"
+
+
+def ranked(scores: torch.Tensor) -> list[int]:
+    """The rows that have a score, the best first; of equal ones the lower row number first."""
+    order: list[int] = torch.argsort(scores.nan_to_num(nan=-torch.inf), descending=True, stable=True).tolist()
+    n_scored = int((~scores.isnan()).sum())
+    return order[:n_scored]
+
+
+def rows_of(pool: Dataset | IterableDataset, rows: list[int]) -> Dataset:
+    """Some rows of a pool, given in ascending order. A stream is read up to the last of them."""
+    if isinstance(pool, Dataset):
+        return pool.select(rows)
+    wanted = set(rows)
+    found = [row for index, row in enumerate(islice(pool, rows[-1] + 1 if rows else 0)) if index in wanted]
+    return Dataset.from_list(found, features=pool.features)
+
+
+def kept_rows(kept: Dataset, scores: list[float]) -> Dataset:
+    """Rows with their scores in the column `p2d_score`, which replaces that of an earlier selection."""
+    if SCORE_COLUMN in kept.column_names:
+        kept = kept.remove_columns(SCORE_COLUMN)
+    return kept.add_column(SCORE_COLUMN, scores)

@@ -1,0 +1,53 @@
+"""The progress bar of a scoring: rows, tokens a second and the time left."""
+
+from __future__ import annotations
+
+import time
+
+from transformers.utils.logging import tqdm
+
+
+class ScoringProgress:
+    """
+    Counts what passes through the model, and shows it.
+
+    Args:
+        desc (`str`): What is going on.
+        total (`int`, *optional*): Rows to score; unknown for streams.
+        passes (`int`): How often each row passes through the model.
+        shown (`bool`): Whether there is a bar; one process of several has it.
+    """
+
+    def __init__(self, desc: str, total: int | None, passes: int, shown: bool) -> None:
+        self.n_tokens = 0
+        self._passes = max(passes, 1)
+        self._passed = 0
+        self._base: int | None = None
+        self._shown = 0  # not read off the bar, which is a dummy where bars are switched off
+        self._start = time.perf_counter()
+        self._bar = tqdm(total=total, desc=desc, unit="row", disable=not shown)
+
+    def start_shard(self) -> None:
+        """From here on rows count; what was read before, the target and a sample, does not."""
+        self._base, self._passed = self._shown, 0
+
+    def passed(self, n_rows: int, n_tokens: int) -> None:
+        """Some rows passed through the model."""
+        self.n_tokens += n_tokens
+        rate = self.n_tokens / max(time.perf_counter() - self._start, 1e-9)
+        self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+        if self._base is not None:
+            self._passed += n_rows
+            self._show(self._base + self._passed // self._passes)
+
+    def end_shard(self, n_rows: int) -> None:
+        """A shard is done, with the rows that needed no pass."""
+        assert self._base is not None
+        self._show(self._base + n_rows)
+
+    def _show(self, n_rows: int) -> None:
+        self._bar.update(n_rows - self._shown)
+        self._shown = n_rows
+
+    def close(self) -> None:
+        self._bar.close()

@@ -1,0 +1,144 @@
+"""The pool in shards, and their scores on disk, so that a run that was killed can go on where it was."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+from datasets import Dataset, IterableDataset
+from datasets.fingerprint import Hasher
+from pyarrow import feather
+
+from ..files import write_json
+
+
+# Rows of a shard: many enough to find rows of like length for a batch, few enough to lose little by a crash. Scores of
+# scorers that put samples together depend on it.
+SHARD_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Shard:
+    """
+    Neighbouring rows of a pool.
+
+    Args:
+        index (`int`): The shard's number.
+        first_row (`int`): The row of the pool that it starts with.
+        rows (`Dataset`): The rows, in memory.
+    """
+
+    index: int
+    first_row: int
+    rows: Dataset
+
+
+def shards_of(pool: Dataset | IterableDataset, size: int | None = SHARD_ROWS) -> Iterator[Shard]:
+    """
+    The shards of a pool, one after the other; no two of them are in memory together, unless the caller keeps them.
+
+    Args:
+        pool (`Dataset` or `IterableDataset`): The pool.
+        size (`int` or `None`): Rows of a shard; `None` takes the whole pool as one.
+    """
+    if isinstance(pool, Dataset):
+        plain = pool.with_format(None)
+        for index, start in enumerate(range(0, len(pool), size or len(pool))):
+            chosen = range(start, min(start + (size or len(pool)), len(pool)))
+            # a copy in memory: what is made of the rows is then kept in memory, too, and not in files of a cache
+            yield Shard(index, start, Dataset.from_dict(plain[chosen.start : chosen.stop], features=pool.features))
+        return
+    rows = iter(pool.with_format(None))
+    index = start = 0
+    while part := list(islice(rows, size)):
+        # what the stream does not say of its types, each shard finds out for itself
+        yield Shard(index, start, Dataset.from_list(part, features=pool.features))
+        index, start = index + 1, start + len(part)
+
+
+@dataclass(frozen=True)
+class ScoredShard:
+    """
+    The scores of one shard.
+
+    Args:
+        index, first_row (`int`): As in [`Shard`].
+        scores (`torch.Tensor`): Shape (rows of the shard,), float64; NaN for rows without a token that counts.
+        n_tokens (`torch.Tensor`): Shape (rows of the shard,), int32; the length of each row, 0 where it has no score.
+        n_truncated (`int`): Number of rows that were cut off.
+        per_target (`torch.Tensor`, *optional*): Shape (rows of the shard, target's samples), float32.
+    """
+
+    index: int
+    first_row: int
+    scores: torch.Tensor
+    n_tokens: torch.Tensor
+    n_truncated: int
+    per_target: torch.Tensor | None = None
+
+
+class ShardStore:
+    """
+    Scored shards in a folder of their own, one Arrow file each, which is there in full or not at all.
+
+    Args:
+        folder (`Path`): The folder of all runs.
+        fingerprint (`dict[str, str]`): All that the scores depend on beside the rows of the shard. A run with another
+            one has another folder.
+    """
+
+    def __init__(self, folder: Path, fingerprint: dict[str, str]) -> None:
+        self.folder = folder / Hasher.hash(fingerprint)
+        if not (self.folder / "run.json").exists():
+            write_json(self.folder / "run.json", fingerprint)
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"shard-{index:06}.arrow"
+
+    def load(self, shard: Shard) -> ScoredShard | None:
+        """The scores of a shard, if they are there and belong to the very same rows."""
+        path = self._path(shard.index)
+        try:
+            table = feather.read_table(path, memory_map=False)
+        except (FileNotFoundError, pa.ArrowInvalid):
+            return None
+        metadata = table.schema.metadata or {}
+        if metadata.get(b"content") != _content(shard).encode():
+            return None
+        per_target = None
+        if "per_target" in table.column_names:
+            values = torch.tensor(table["per_target"].combine_chunks().flatten().to_numpy())
+            per_target = values.view(len(shard.rows), -1)
+        return ScoredShard(
+            shard.index,
+            shard.first_row,
+            torch.tensor(table["score"].to_numpy()),
+            torch.tensor(table["n_tokens"].to_numpy()),
+            int(metadata[b"n_truncated"]),
+            per_target,
+        )
+
+    def save(self, shard: Shard, scored: ScoredShard) -> None:
+        """Write the scores of a shard."""
+        columns = {"score": pa.array(scored.scores.numpy()), "n_tokens": pa.array(scored.n_tokens.numpy())}
+        if scored.per_target is not None:
+            values = pa.array(scored.per_target.flatten().numpy())
+            columns["per_target"] = pa.FixedSizeListArray.from_arrays(values, scored.per_target.shape[1])
+        metadata = {"content": _content(shard), "n_truncated": str(scored.n_truncated)}
+        path = self._path(shard.index)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            feather.write_feather(pa.table(columns, metadata=metadata), temporary, compression="zstd")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _content(shard: Shard) -> str:
+    """A hash of the rows themselves: streams have no fingerprint, and files may change under a name."""
+    return str(Hasher.hash((shard.first_row, shard.rows[:])))
