@@ -34,8 +34,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import os
-import platform
 import random
 import statistics
 import tempfile
@@ -50,14 +48,13 @@ from typing import Any
 
 import peft
 import torch
-import transformers
+from environment import load_average, machine, versions
 from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-import p2d_peft
 from p2d_peft import HeadSet, HeadSparseConfig
 from p2d_peft.files import write_json
 from p2d_peft.heads.geometry import ROLES, ModelGeometry
@@ -308,16 +305,6 @@ def ratio(seconds: dict[str, list[float]], numerator: str, denominator: str) -> 
     return {"median": median, "first_quartile": first, "third_quartile": third}
 
 
-def machine() -> dict[str, Any]:
-    """The machine, as far as it matters for the numbers."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        cpu = lines[0].partition(":")[2].strip() if lines else cpu
-    return {"cpu": cpu, "cpus": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"}
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id of a causal language model")
@@ -340,9 +327,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     heads = choose_heads(ModelGeometry.of(base), args.ratio, args.seed)
     arms = build_arms(base, heads, r=16)
 
-    load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    load_before = load_average()
     seconds = time_rounds(arms, batch, args.rounds, args.warmup, args.seed)
-    load_after = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    load_after = load_average()
     summary: dict[str, dict[str, Any]] = summarize(seconds)
     for arm in arms:
         summary[arm.name].update(lowest_layer=arm.lowest, **measure_memory(arm, batch))
@@ -358,13 +345,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "command": f"python benchmarks/head_sparse_step.py --model {Path(args.model).name} --rounds {args.rounds} "
         f"--warmup {args.warmup} --tokens {args.tokens} --ratio {args.ratio} --seed {args.seed}",
         "machine": {**machine(), "load_average_before": load_before, "load_average_after": load_after},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-            "p2d_peft": p2d_peft.__version__,
-        },
+        "versions": versions(),
         "settings": {
             "model": Path(args.model).name,
             "dtype": "float32",
