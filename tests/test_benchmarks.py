@@ -222,6 +222,13 @@ def test_localize_sees_what_sft_trainers_loss_and_greedy_decoding_see(judged):
     logits, labels = localize.predictions(model, batch)
     loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels)
     assert torch.allclose(loss, model(**batch).loss)
+    # the gradients too, also those that come through what the rows share
+    assert (batch["input_ids"][:, :7] == batch["input_ids"][:1, :7]).all()
+    weights = [parameter for name, parameter in model.named_parameters() if "_proj" in name]
+    for mine, theirs in zip(
+        torch.autograd.grad(loss, weights), torch.autograd.grad(model(**batch).loss, weights), strict=True
+    ):
+        assert torch.allclose(mine, theirs, atol=1e-6)
 
     # teach the model nothing but to answer as it does: greedy decoding is then right by exact match, and only then
     judge = localize.Judge.__new__(localize.Judge)
