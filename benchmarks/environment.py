@@ -1,11 +1,15 @@
-"""What the numbers of a benchmark depend on beside the code: the machine."""
+"""What a benchmark says about where its numbers come from."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
+
+import p2d_peft
+from p2d_peft.report.run_report import library_versions
 
 
 def machine() -> dict[str, Any]:
@@ -16,3 +20,18 @@ def machine() -> dict[str, Any]:
         lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         cpu = lines[0].partition(":")[2].strip() if lines else cpu
     return {"cpu": cpu, "cpus": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"}
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python, of the libraries that a result depends on, and of this one."""
+    return {**library_versions(), "p2d_peft": p2d_peft.__version__}
+
+
+def load_average() -> float | None:
+    """How many processes wanted to run over the last minute, where the system says so."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def command(script: str, arguments: list[str]) -> str:
+    """The command line as it may be published: of each path only its last part."""
+    return " ".join(["python", f"benchmarks/{script}", *(re.sub(r"[^\s=]*/(?=[^/])", "", part) for part in arguments)])

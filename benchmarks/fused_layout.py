@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import machine
+from environment import machine, versions
 from head_sparse_step import choose_heads
 from peft import get_peft_model
 from torch import nn
@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Phi3Config, Phi
 from p2d_peft import HeadSet, HeadSparseConfig
 from p2d_peft.files import write_json
 from p2d_peft.heads.geometry import ROLES, ROWS, ModelGeometry
-from p2d_peft.report.run_report import library_versions
 
 
 SIZES = (
@@ -126,7 +125,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "command": f"python benchmarks/fused_layout.py --model {Path(args.model).name} --steps {args.steps} "
         f"--tokens {args.tokens} --lr {args.lr} --seed {args.seed}",
         "machine": machine(),
-        "versions": library_versions(),
+        "versions": versions(),
         "heads": [list(head) for head in heads],
         **compare(llama, heads, batches, args.lr),
     }

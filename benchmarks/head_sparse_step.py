@@ -34,7 +34,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import os
 import random
 import statistics
 import tempfile
@@ -49,7 +48,7 @@ from typing import Any
 
 import peft
 import torch
-from environment import machine
+from environment import load_average, machine, versions
 from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -59,7 +58,6 @@ from transformers import AutoModelForCausalLM
 from p2d_peft import HeadSet, HeadSparseConfig
 from p2d_peft.files import write_json
 from p2d_peft.heads.geometry import ROLES, ModelGeometry
-from p2d_peft.report.run_report import library_versions
 
 
 @dataclass
@@ -329,9 +327,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     heads = choose_heads(ModelGeometry.of(base), args.ratio, args.seed)
     arms = build_arms(base, heads, r=16)
 
-    load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    load_before = load_average()
     seconds = time_rounds(arms, batch, args.rounds, args.warmup, args.seed)
-    load_after = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    load_after = load_average()
     summary: dict[str, dict[str, Any]] = summarize(seconds)
     for arm in arms:
         summary[arm.name].update(lowest_layer=arm.lowest, **measure_memory(arm, batch))
@@ -347,7 +345,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "command": f"python benchmarks/head_sparse_step.py --model {Path(args.model).name} --rounds {args.rounds} "
         f"--warmup {args.warmup} --tokens {args.tokens} --ratio {args.ratio} --seed {args.seed}",
         "machine": {**machine(), "load_average_before": load_before, "load_average_after": load_after},
-        "versions": library_versions(),
+        "versions": versions(),
         "settings": {
             "model": Path(args.model).name,
             "dtype": "float32",

@@ -5,14 +5,18 @@ import json
 import pytest
 import torch
 
-from p2d_peft import HeadSet
+from p2d_peft import HeadScores, HeadSet
 
 from .benchmark_files import load_benchmark
-from .tiny_models import tiny_model
+from .tiny_data import rows
+from .tiny_models import tiny_model, tiny_tokenizer
 
 
+environment = load_benchmark("environment")
 head_sparse_step = load_benchmark("head_sparse_step")
 fused_layout = load_benchmark("fused_layout")
+localize = load_benchmark("localize")
+localize_report = load_benchmark("localize_report")
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +121,172 @@ def test_the_same_heads_give_the_same_trained_result_in_a_fused_layout():
     assert numbers["trained_slices"] == 12
     assert numbers["trained_relative_difference"] < 1e-6  # AdamW's first step divides a gradient by itself
     assert all(torch.equal(tensor, before[name]) for name, tensor in llama.state_dict().items())
+
+
+# -- localize.py
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """The options of a run over two tasks, two seeds and three methods, and the folder that it filled."""
+    folder = tmp_path_factory.mktemp("localize")
+    tiny_model(num_hidden_layers=4).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows(80, seed=0))))
+    (folder / "test.jsonl").write_text("\n".join(map(json.dumps, rows(24, seed=1))))
+    options = ["--output", str(folder / "out"), "--model", str(folder / "model")]
+    options += ["--train", str(folder / "train.jsonl"), "--test", str(folder / "test.jsonl")]
+    options += ["--tasks", "copy", "count", "--seeds", "0", "1", "--methods", "taylor", "random", "--ratios", "0.2"]
+    options += ["--samples", "8", "--rows", "12", "--test-rows", "10", "--epochs", "1", "--batch-size", "4"]
+    options += ["--lr", "0.01", "--dtype", "float32"]
+    localize.main(options)
+    return options, folder / "out"
+
+
+def arm_files(folder):
+    return {path: path.stat().st_mtime_ns for path in (folder / "arms").iterdir()}
+
+
+def test_localize_runs_no_arm_twice(judged, monkeypatch, capsys):
+    options, folder = judged
+    before = arm_files(folder)
+    assert len(before) == 2 * 2 * 2 * 2  # tasks, seeds, methods, choices
+    assert len(list((folder / "scores").iterdir())) == 2 * 2 * 2  # the choices share them
+    next(iter(before)).unlink()
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        # the arm that is missing finds its scores
+        patch.setattr(localize, "localize_heads", lambda *_, **__: pytest.fail("localized twice"))
+        localize.main(options)
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    after = arm_files(folder)
+    assert set(after) == set(before)
+    assert sum(after[path] != before[path] for path in before) == 1
+    # other settings are other arms
+    with pytest.raises(SystemExit, match=r"other settings.*'rows': \(12, 13\)"):
+        localize.main([*options, "--rows", "13"])
+
+
+def test_localize_arms_are_reproducible_and_differ_in_their_heads_only(judged, tmp_path):
+    options, folder = judged
+    again = ["--output", str(tmp_path / "out"), "--tasks", "count", "--seeds", "1", "--methods", "taylor"]
+    localize.main([*options, *again, "--choices", "spread"])
+    (path,) = (tmp_path / "out" / "arms").iterdir()
+    mine, theirs = json.loads(path.read_text()), json.loads((folder / "arms" / path.name).read_text())
+    assert all(mine[key] == theirs[key] for key in ("heads", "nll", "exact_match", "last_epoch_loss"))
+    # an arm in between leaves nothing behind; and what trains differs from the model as it is
+    base = json.loads((folder / "base" / "count.json").read_text())
+    assert mine["nll"] < base["nll"]
+
+
+def test_localize_report_says_what_the_arms_say(judged, tmp_path, capsys):
+    options, folder = judged
+    localize.main([*options, "--stability", "--stability-samples", "4", "8"])
+    summary = localize.main(["--output", str(folder), "--report", "--summary", str(tmp_path / "summary.json")])
+    text = (tmp_path / "summary.json").read_text()
+    assert json.loads(text) == summary
+    assert str(folder.parent) not in text  # it may be published
+    assert (tmp_path / "summary.md").read_text() in capsys.readouterr().out
+    arms = [json.loads(path.read_text()) for path in arm_files(folder)]
+    assert len(summary["methods"]) == 4
+    for row in summary["methods"]:
+        group = [arm for arm in arms if (arm["method"], arm["choice"]) == (row["method"], row["choice"])]
+        assert row["arms"] == len(group) == 4
+        for name in ("nll", "exact_match", "train_seconds", "localize_full_steps"):
+            assert row[name] == pytest.approx(sum(arm[name] for arm in group) / 4)
+            of_task = [arm[name] for arm in group if arm["task"] == "copy"]
+            assert row["tasks"]["copy"][name] == pytest.approx(sum(of_task) / 2)
+        if (row["method"], row["choice"]) == ("random", "spread"):
+            assert "nll_minus_control" not in row
+            continue
+        control = {
+            (arm["task"], arm["seed"]): arm["nll"]
+            for arm in arms
+            if (arm["method"], arm["choice"]) == ("random", "spread")
+        }
+        differences = [arm["nll"] - control[arm["task"], arm["seed"]] for arm in group]
+        found = row["nll_minus_control"]
+        assert found["pairs"] == 4 and found["mean"] == pytest.approx(sum(differences) / 4)
+        assert min(differences) <= found["low"] <= found["mean"] <= found["high"] <= max(differences)
+    for arm in arms:
+        assert sum(map(len, arm["heads"].values())) == 3  # 20 % of 16
+        if arm["choice"] == "spread":
+            assert all(len(heads) == 1 for heads in arm["heads"].values())
+    stability = summary["stability"]
+    assert {row["samples"] for row in stability["between_seeds"]} == {4, 8}
+    assert all(row["samples"] == 4 and row["pairs"] == 2 for row in stability["with_most_samples"])
+    path = folder / "scores" / "copy-taylor-n{}-seed0.json"
+    few, many = (HeadScores.load(str(path).format(n)).values for n in (4, 8))
+    assert few.shape == (4, 4) and -1 <= localize_report.spearman(few, many) <= 1
+
+
+def test_localize_sees_what_sft_trainers_loss_and_greedy_decoding_see(judged):
+    _, folder = judged
+    tokenizer, model = tiny_tokenizer(), tiny_model()
+    args = type("Args", (), {"tasks": ["count"], "test_rows": 10})
+    args.train, args.test = folder.parent / "train.jsonl", folder.parent / "test.jsonl"
+    task = localize.read_tasks(args, tokenizer)["count"]
+    assert not {tuple(ids) for ids in task.train.input_ids} & {tuple(ids) for ids in task.test.input_ids}
+    assert task.drawn(0, 5) == task.drawn(0, 9)[:5] != task.drawn(1, 5)
+    (_, batch), *_ = task.test.batches(10, model.device)
+    logits, labels = localize.predictions(model, batch)
+    loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels)
+    assert torch.allclose(loss, model(**batch).loss)
+    # the gradients too, also those that come through what the rows share
+    assert (batch["input_ids"][:, :7] == batch["input_ids"][:1, :7]).all()
+    weights = [parameter for name, parameter in model.named_parameters() if "_proj" in name]
+    for mine, theirs in zip(
+        torch.autograd.grad(loss, weights), torch.autograd.grad(model(**batch).loss, weights), strict=True
+    ):
+        assert torch.allclose(mine, theirs, atol=1e-6)
+
+    # teach the model nothing but to answer as it does: greedy decoding is then right by exact match, and only then
+    judge = localize.Judge.__new__(localize.Judge)
+    judge.args, judge.device, judge.bf16, judge.eos = type("A", (), {"batch_size": 4}), model.device, False, 2
+    for row, (ids, gold) in enumerate(zip(task.test.input_ids, task.test.labels, strict=True)):
+        prompt = [token for token, label in zip(ids, gold, strict=True) if label == -100]
+        answer = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0, len(prompt) :].tolist()
+        if row % 2:
+            answer[row % len(answer)] = 50 if answer[row % len(answer)] != 50 else 51
+        task.test.input_ids[row][:] = [*prompt, *answer]
+        task.test.labels[row][:] = [-100] * len(prompt) + answer
+    assert judge.evaluate(model, task)["exact_match"] == 0.5
+
+
+def test_localize_choices_take_as_many_heads_from_where_they_say():
+    scores = HeadScores(torch.arange(36.0).reshape(9, 4), "proxy")
+    for ratio, n in ((0.01, 1), (0.1, 4), (0.3, 11)):
+        sets = {name: choose(scores, ratio) for name, choose in localize.CHOICES.items()}
+        assert {len(heads) for heads in sets.values()} == {n}
+        assert min(sets["late"].layers) >= 6
+        assert max(map(len, sets["spread"].by_layer().values())) == -(-n // 9)
+
+
+def test_localize_orders_arms_such_that_a_part_is_balanced():
+    args = type("Args", (), {"seeds": [0, 1], "ratios": [0.01, 0.1], "tasks": ["a", "b"], "choices": ["global"]})
+    args.methods, args.lr = ["proxy", "random"], [1e-3]
+    order = list(localize.arms(args))
+    assert [arm.seed for arm in order] == [0] * 8 + [1] * 8
+    assert [arm.ratio for arm in order[:8]] == [0.1] * 4 + [0.01] * 4
+    assert [(arm.task, arm.method) for arm in order[:3]] == [("a", "proxy"), ("a", "random"), ("b", "proxy")]
+    assert len({arm.file for arm in order}) == 16
+
+
+def test_spearman_and_bootstrap():
+    a = torch.tensor([[1.0, 2.0], [4.0, torch.nan]])
+    assert localize_report.spearman(a, a.exp()) == pytest.approx(1)
+    assert localize_report.spearman(a, -a) == pytest.approx(-1)
+    # ranks 1 2.5 2.5 4 and 1 2 3 4, by hand
+    ties = localize_report.spearman(torch.tensor([1.0, 2, 2, 3]), torch.tensor([1.0, 2, 3, 4]))
+    assert ties == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    assert localize_report.spearman(a, torch.ones(2, 2)) is None
+    assert localize_report.bootstrap([0.5]) == {"pairs": 1, "mean": 0.5, "low": None, "high": None}
+    interval = localize_report.bootstrap([0.0, 1.0] * 50)
+    assert interval["low"] == pytest.approx(0.4, abs=0.02) and interval["high"] == pytest.approx(0.6, abs=0.02)
+
+
+def test_command_names_no_folder():
+    arguments = ["--model", "/a/b/model", "--train=/a/c.jsonl", "--output", "d/out", "--lr", "0.002"]
+    assert environment.command("x.py", arguments) == (
+        "python benchmarks/x.py --model model --train=c.jsonl --output out --lr 0.002"
+    )

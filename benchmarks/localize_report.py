@@ -1,0 +1,249 @@
+"""What `localize.py` found, from the files that its arms wrote. It runs nothing: `python localize.py --report`."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from p2d_peft import HeadScores
+from p2d_peft.files import read_json
+
+
+# in the output folder
+SETTINGS, ARMS, SCORES, BASE, FULL_STEP = "settings.json", "arms", "scores", "base", "full_step"
+# random heads, evenly over the depth: what a method has to beat
+CONTROL = ("random", "spread")
+RESAMPLES = 10_000
+
+Row = dict[str, Any]
+
+
+def mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def bootstrap(differences: list[float]) -> Row:
+    """Mean of paired differences, with the 95 % interval of the percentile bootstrap over the pairs."""
+    values = torch.tensor(differences, dtype=torch.float64)
+    result: Row = {"pairs": len(values), "mean": float(values.mean()), "low": None, "high": None}
+    if len(values) > 1:
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
+        quantiles = torch.tensor([0.025, 0.975], dtype=torch.float64)
+        result["low"], result["high"] = values[drawn].mean(dim=1).quantile(quantiles).tolist()
+    return result
+
+
+def spearman(a: torch.Tensor, b: torch.Tensor) -> float | None:
+    """Rank correlation over the entries that both have; None where all entries of one are the same."""
+    both = ~(a.isnan() | b.isnan())
+    ranks = torch.stack([_ranks(a[both]), _ranks(b[both])])
+    correlation = float(torch.corrcoef(ranks)[0, 1])
+    return None if correlation != correlation else correlation
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    """Ranks from 1; equal values share the mean of theirs."""
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2).double()[inverse]
+
+
+def _groups(rows: Iterable[Row], *keys: str) -> dict[tuple, list[Row]]:
+    groups: dict[tuple, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[key] for key in keys)].append(row)
+    return groups
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+    found: list[Any] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found
+
+
+def summarize(folder: Path) -> Row:
+    """Everything that the report says, as plain JSON types."""
+    arms = [read_json(path) for path in sorted((folder / ARMS).glob("*.json"))]
+    tasks = sorted({arm["task"] for arm in arms})
+    pairs = {(*_setting(arm), arm["method"], arm["choice"]): arm for arm in arms}
+    methods = []
+    for (ratio, choice, method, lr), group in _groups(arms, "ratio", "choice", "method", "lr").items():
+        controls = [(arm, pairs[key]) for arm in group if (key := (*_setting(arm), *CONTROL)) in pairs]
+        row = {
+            **{"ratio": ratio, "choice": choice, "method": method, "lr": lr, "arms": len(group)},
+            **{name: mean(arm[name] for arm in group) for name in MEANS},
+            "tasks": {
+                task: {"arms": len(of_task), **{name: mean(arm[name] for arm in of_task) for name in MEANS}}
+                for task in tasks
+                if (of_task := [arm for arm in group if arm["task"] == task])
+            },
+        }
+        if controls and (method, choice) != CONTROL:
+            for name in ("nll", "exact_match"):
+                row[f"{name}_minus_control"] = bootstrap([arm[name] - control[name] for arm, control in controls])
+        methods.append(row)
+    methods.sort(key=lambda row: (-row["ratio"], row["lr"], row["choice"], row["nll"]))
+    return {
+        "settings": read_json(folder / SETTINGS),
+        "commands": _distinct(arm["command"] for arm in arms),
+        "environments": _distinct({"machine": arm["machine"], "versions": arm["versions"]} for arm in arms),
+        "seeds": sorted({arm["seed"] for arm in arms}),
+        "control": dict(zip(("method", "choice"), CONTROL, strict=True)),
+        "base": [read_json(path) for path in sorted((folder / BASE).glob("*.json"))],
+        "methods": methods,
+        "stability": stability(folder),
+    }
+
+
+MEANS = (
+    "nll",
+    "exact_match",
+    "localize_seconds",
+    "localize_full_steps",
+    "train_seconds",
+    "evaluate_seconds",
+    "trainable_parameters",
+)
+
+
+def _setting(arm: Row) -> tuple:
+    """What the arms of a pair have in common."""
+    return arm["task"], arm["seed"], arm["ratio"], arm["lr"]
+
+
+def stability(folder: Path) -> Row:
+    """
+    Spearman correlations of the scores of one method and task, each the mean over its pairs of scores:
+
+    - `between_seeds`: of the same number of samples;
+    - `with_most_samples`: of fewer samples with the most, of the same seed, which hold the fewer among them;
+    - `with_trained`: with the method `trained`, of the same seed and number of samples.
+    """
+    scores = []
+    for path in sorted((folder / SCORES).glob("*.json")):
+        # "<task>-<method>-n<samples>-seed<seed>"; the scores' own seed and number of samples are of the library
+        task, method, samples, seed = path.stem.rsplit("-", 3)
+        values = HeadScores.load(path).values
+        scores.append(
+            {
+                "task": task,
+                "method": method,
+                "samples": int(samples.removeprefix("n")),
+                "seed": int(seed.removeprefix("seed")),
+                "values": values,
+            }
+        )
+
+    def compared(keys: tuple[str, ...], with_whom: Callable[[list[Row]], Iterable[tuple[Row, Row]]]) -> list[Row]:
+        found: dict[tuple, list[float | None]] = defaultdict(list)
+        for group in _groups(scores, *keys).values():
+            for a, b in with_whom(group):
+                found[a["method"], a["task"], a["samples"]].append(spearman(a["values"], b["values"]))
+        rows = []
+        for (method, task, samples), values in sorted(found.items()):
+            known = [value for value in values if value is not None]
+            rows.append({"method": method, "task": task, "samples": samples, "pairs": len(known)})
+            rows[-1]["spearman"] = mean(known) if known else None
+        return rows
+
+    def most(group: list[Row]) -> Iterable[tuple[Row, Row]]:
+        last = max(group, key=lambda row: row["samples"])
+        return [(row, last) for row in group if row is not last]
+
+    def trained(group: list[Row]) -> Iterable[tuple[Row, Row]]:
+        return [(a, b) for a in group for b in group if b["method"] == "trained" and a is not b]
+
+    return {
+        "between_seeds": compared(("method", "task", "samples"), lambda group: itertools.combinations(group, 2)),
+        "with_most_samples": compared(("method", "task", "seed"), most),
+        "with_trained": compared(("task", "seed", "samples"), trained),
+    }
+
+
+def _table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)] + [""]
+
+
+def _difference(difference: Row | None, digits: int) -> str:
+    if difference is None:
+        return ""
+    text = f"{difference['mean']:+.{digits}f}"
+    if difference["low"] is not None:
+        text += f" [{difference['low']:+.{digits}f}, {difference['high']:+.{digits}f}]"
+    return text
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def markdown(summary: Row) -> str:
+    """The report's tables."""
+    tasks = sorted({task for row in summary["methods"] for task in row["tasks"]})
+    lines = [
+        "NLL and exact match are means over tasks and seeds. Differences are to random heads spread over the layers, of "
+        "the same task and seed, with a bootstrap 95 % interval. Full steps: what the localization costs, in full "
+        "fine-tuning on the same tokens.",
+        "",
+    ]
+    if summary["base"]:
+        lines += ["### The model as it is", ""]
+        lines += _table(
+            ["task", "NLL", "exact match"],
+            ([row["task"], f"{row['nll']:.4f}", f"{row['exact_match']:.3f}"] for row in summary["base"]),
+        )
+    for (ratio, lr, choice), rows in _groups(summary["methods"], "ratio", "lr", "choice").items():
+        lines += [f"### {ratio:.0%} of the heads, {choice}, learning rate {lr:g}", ""]
+        lines += _table(
+            ["method", "arms", "NLL", "minus control", "exact match", "minus control", "full steps"]
+            + ["localize s", "train s", "weights", *(f"{task} NLL / exact" for task in tasks)],
+            (
+                [
+                    row["method"],
+                    str(row["arms"]),
+                    f"{row['nll']:.4f}",
+                    _difference(row.get("nll_minus_control"), 4),
+                    f"{row['exact_match']:.3f}",
+                    _difference(row.get("exact_match_minus_control"), 3),
+                    f"{row['localize_full_steps']:.2f}",
+                    f"{row['localize_seconds']:.1f}",
+                    f"{row['train_seconds']:.1f}",
+                    f"{row['trainable_parameters']:,.0f}",
+                    *(
+                        f"{of_task['nll']:.4f} / {of_task['exact_match']:.3f}"
+                        if (of_task := row["tasks"].get(task))
+                        else ""
+                        for task in tasks
+                    ),
+                ]
+                for row in rows
+            ),
+        )
+    titles = {
+        "between_seeds": "Spearman correlation of the scores between seeds",
+        "with_most_samples": "Spearman correlation of the scores with those of the most samples",
+        "with_trained": "Spearman correlation of the scores with those of `trained`",
+    }
+    for name, title in titles.items():
+        rows = summary["stability"][name]
+        if not rows:
+            continue
+        stable_tasks = sorted({row["task"] for row in rows})
+        lines += [f"### {title}", ""]
+        lines += _table(
+            ["method", "samples", *stable_tasks],
+            (
+                [method, str(samples)]
+                + [_number(next((r["spearman"] for r in group if r["task"] == task), None)) for task in stable_tasks]
+                for (method, samples), group in _groups(rows, "method", "samples").items()
+            ),
+        )
+    return "\n".join(lines)
