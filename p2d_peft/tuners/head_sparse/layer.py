@@ -100,6 +100,10 @@ class HeadSparseLayer(BaseTunerLayer):
         """
         # PEFT's convention: adapters start in the base's dtype, `autocast_adapter_dtype` then lifts them to fp32
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if device is not None and device.type == "meta":
+            # Accelerate offloaded the base's weight, and brings it to this device for each forward pass; the deltas stay
+            # there. On the meta device they would have no values.
+            device = getattr(getattr(self.get_base_layer(), "_hf_hook", None), "execution_device", device)
         if dtype is not None and not dtype.is_floating_point:
             dtype = None  # a quantized weight
         rows, columns = weight_slice.shape(self.in_features, self.out_features)

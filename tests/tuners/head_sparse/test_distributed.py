@@ -10,6 +10,7 @@ from p2d_peft.heads import ModelGeometry
 from p2d_peft.tuners import HeadSparseConfig
 from tests.tuners.head_sparse import distributed_workers as workers
 from tests.tuners.head_sparse.distributed_workers import CASES, HEADS, Both, adapted, base_model, train, trained
+from tests.tuners.head_sparse.test_model import logits
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +125,51 @@ def test_shapes_of_deltas_on_emptied_weights(case):
     model = get_peft_model(base, HeadSparseConfig(heads=HEADS, **fields))
     assert {name: tensor.shape for name, tensor in trained(model).items()} == expected
     assert ModelGeometry.of(model).heads == ModelGeometry.of(base_model(name)).heads
+
+
+# Accelerate's hooks, also where all devices are the CPU: the weights are on the meta device between forward passes.
+OFFLOADS = {
+    "cpu": lambda model, folder: accelerate.cpu_offload(model, execution_device=torch.device("cpu")),
+    "disk": lambda model, folder: accelerate.disk_offload(model, folder, execution_device=torch.device("cpu")),
+    "device_map": lambda model, folder: accelerate.dispatch_model(
+        model,
+        {
+            "model.embed_tokens": "cpu",
+            "model.rotary_emb": "cpu",
+            "model.layers.0": "cpu",
+            "model.layers.1": "disk",
+            "model.layers.2": "disk",
+            "model.norm": "cpu",
+            "lm_head": "cpu",
+        },
+        main_device="cpu",
+        offload_dir=folder,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ["llama", "llama, r=3"])
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_offloaded_base(offload, case, tmp_path):
+    expected = adapted(case)
+    base = OFFLOADS[offload](base_model("llama"), str(tmp_path / "base"))
+    assert base.model.layers[1].self_attn.q_proj.weight.is_meta
+    torch.manual_seed(1)
+    model = get_peft_model(base, HeadSparseConfig(heads=HEADS, init_weights=False, **CASES[case][1])).eval()
+    # not on the meta device, where the weights of their base layers are
+    assert_same(trained(model), trained(expected), atol=0)
+    train(expected)
+    train(model)
+    assert_same(trained(model), trained(expected))
+
+    want = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(PeftModel.from_pretrained(base_model("llama"), tmp_path / "adapter")), want)
+    offloaded = OFFLOADS[offload](base_model("llama"), str(tmp_path / "other"))
+    assert torch.equal(logits(PeftModel.from_pretrained(offloaded, tmp_path / "adapter")), want)
+
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), want, atol=1e-5, rtol=1e-4)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), want)
+    torch.testing.assert_close(logits(model.merge_and_unload()), want, atol=1e-5, rtol=1e-4)
