@@ -14,9 +14,8 @@ class DeltaDict(nn.ParameterDict):
     """
     For each adapter a parameter of shape (O, I), and a forward pass that multiplies by it.
 
-    What shards a model gathers a parameter just before the forward pass of the module that holds it: DeepSpeed's ZeRO-3,
-    and FSDP where it wraps this module. A plain `nn.ParameterDict` has no forward pass, so that its parameters would be
-    used while they are shards, or have no elements at all. The names in a state dict are those of the plain one.
+    FSDP gathers the shards of a module that it wraps just before that module's forward pass. A plain
+    `nn.ParameterDict` has none, so that it could not be wrapped. The names in a state dict are those of the plain one.
     """
 
     # the base class refuses calls

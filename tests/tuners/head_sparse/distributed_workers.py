@@ -1,5 +1,7 @@
 """What the two processes of test_distributed.py run, and what one process does instead."""
 
+import os
+import sys
 import types
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -167,8 +169,45 @@ def fsdp1(rank: int, case: str, dtype: torch.dtype, use_orig_params: bool) -> di
         }
 
 
+def zero3(rank: int, case: str, folder: str) -> dict[str, torch.Tensor]:
+    """On a base that transformers loads under `zero.Init`, as with Trainer: no rank ever holds all of a weight."""
+    import deepspeed
+    from deepspeed.comm import comm
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    # a kernel for shared memory that would be compiled for minutes
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    comm.init_distributed("gloo", verbose=False)
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        # shard all weights, however small
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    alive = HfDeepSpeedConfig(config)  # transformers holds a weak reference to it
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    unset_hf_deepspeed_config()
+    del alive
+    assert not any(parameter.numel() for parameter in base.parameters())
+    torch.manual_seed(1)
+    model = get_peft_model(base, HeadSparseConfig(heads=HEADS, init_weights=False, **CASES[case][1])).eval()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(parameters.values(), lr=0.3, momentum=0.9)
+    engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer)
+    batch = {key: value[2 * rank : 2 * rank + 2] for key, value in random_batch(rows=2 * WORLD).items()}
+    engine.eval()
+    for _ in range(STEPS):
+        engine.backward(engine(**batch).loss)
+        engine.step()
+    assert not any(parameter.numel() for parameter in parameters.values())
+    with deepspeed.zero.GatheredParameters(list(parameters.values())):
+        return trained(model)
+
+
 def _start(rank: int, store: str) -> None:
     torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), DS_ACCELERATOR="cpu")
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
 
 

@@ -1,5 +1,7 @@
 """Several processes: DDP, FSDP and ZeRO-3 train what one process trains. All on the CPU, with gloo."""
 
+import importlib.util
+
 import accelerate
 import pytest
 import torch
@@ -102,6 +104,17 @@ def test_fsdp1_takes_fp32_deltas_on_a_bf16_base(both):
     first, _ = both(workers.fsdp1, "llama", torch.bfloat16, False)
     assert {tensor.dtype for tensor in first.values()} == {torch.float32}
     assert_same(first, one_process("llama", torch.bfloat16), atol=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["llama", "llama, r=3", "gpt2"])
+def test_zero3(case, both, tmp_path):
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    base_model(CASES[case][0]).save_pretrained(tmp_path)
+    first, second = both(workers.zero3, case, str(tmp_path))
+    assert_same(first, one_process(case))
+    assert_same(second, first, atol=0)
 
 
 def emptied(model):
