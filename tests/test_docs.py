@@ -8,6 +8,7 @@ import datasets
 import matplotlib
 import pytest
 import transformers
+from accelerate.commands.config.config_args import load_config_from_file
 from transformers import training_args
 from trl.trainer import sft_trainer
 
@@ -55,10 +56,17 @@ def test_shell_blocks_call_what_exists(page):
                     assert (ROOT / word).is_file(), word
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "yaml")], ids=lambda page: page.name)
+def test_yaml_blocks_are_configurations_of_accelerate(page, tmp_path):
+    for code in blocks(page, "yaml"):
+        (tmp_path / "accelerate.yaml").write_text(code, encoding="utf-8")
+        load_config_from_file(str(tmp_path / "accelerate.yaml"))  # raises at a key that it does not know
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_no_block_escapes_the_tests(page):
     languages = {language for language, _ in BLOCK.findall(page.read_text(encoding="utf-8"))}
-    assert languages <= {"python", "bash", "sh", "text", "bibtex"}
+    assert languages <= {"python", "bash", "sh", "text", "yaml", "bibtex"}
     assert page.read_text(encoding="utf-8").count("```") == 2 * len(BLOCK.findall(page.read_text(encoding="utf-8")))
 
 

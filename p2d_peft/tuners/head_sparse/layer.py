@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...heads.geometry import ROWS
 from .config import HeadSparseConfig
+from .delta_dict import DeltaDict
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ class HeadSparseLayer(BaseTunerLayer):
     An adapter has either `head_sparse_delta` or, if its config has an `r`, `head_sparse_A` and `head_sparse_B`.
 
     Attributes:
-        head_sparse_delta (`nn.ParameterDict`):
+        head_sparse_delta ([`DeltaDict`]):
             For each adapter its delta, of shape (N, in_features) for rows or (out_features, N) for columns.
-        head_sparse_A, head_sparse_B (`nn.ParameterDict`):
+        head_sparse_A, head_sparse_B ([`DeltaDict`]):
             For each adapter the factors of its delta, `B @ A`: of shape (R, in_features) and (N, R) for rows, or
             (R, N) and (out_features, R) for columns.
         head_sparse_slice (`dict[str, WeightSlice]`):
@@ -92,9 +93,9 @@ class HeadSparseLayer(BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
-        self.head_sparse_delta = nn.ParameterDict({})
-        self.head_sparse_A = nn.ParameterDict({})
-        self.head_sparse_B = nn.ParameterDict({})
+        self.head_sparse_delta = DeltaDict({})
+        self.head_sparse_A = DeltaDict({})
+        self.head_sparse_B = DeltaDict({})
         self.head_sparse_slice: dict[str, WeightSlice] = {}
         self.head_sparse_index: dict[str, torch.Tensor] = {}
         # for each merged adapter: what was in its slice before
@@ -121,6 +122,10 @@ class HeadSparseLayer(BaseTunerLayer):
         """
         # PEFT's convention: adapters start in the base's dtype, `autocast_adapter_dtype` then lifts them to fp32
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if device is not None and device.type == "meta":
+            # Accelerate offloaded the base's weight, and brings it to this device for each forward pass; the deltas stay
+            # there. On the meta device they would have no values.
+            device = getattr(getattr(self.get_base_layer(), "_hf_hook", None), "execution_device", device)
         if dtype is not None and not dtype.is_floating_point:
             dtype = None  # a quantized weight
         rows, columns = weight_slice.shape(self.in_features, self.out_features)
@@ -146,12 +151,11 @@ class HeadSparseLayer(BaseTunerLayer):
         index_N = self._index(adapter_name, x_BTI.device)
         on_rows = self.head_sparse_slice[adapter_name].dim == ROWS
         x = x_BTI if on_rows else x_BTI.index_select(-1, index_N)
-        if adapter_name in self.head_sparse_delta:
-            delta = self.head_sparse_delta[adapter_name]
-            y = nn.functional.linear(self._cast_input_dtype(x, delta.dtype), delta)
-        else:
-            A, B = self.head_sparse_A[adapter_name], self.head_sparse_B[adapter_name]
-            y = nn.functional.linear(nn.functional.linear(self._cast_input_dtype(x, A.dtype), A), B)
+        full = self.head_sparse_delta.has(adapter_name)
+        first = self.head_sparse_delta if full else self.head_sparse_A
+        y = first(self._cast_input_dtype(x, first[adapter_name].dtype), adapter_name)
+        if not full:
+            y = self.head_sparse_B(y, adapter_name)
         y = y.to(result_BTO.dtype)
         # Subtracting 0 - y, and not adding y: r + 0.0 makes -0.0 to 0.0, while r - 0.0 is r in each bit, and 0 - y is
         # +0.0 for a zero of either sign. Never in place: hooks of the base layer may hold on to its output.
