@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from .samples import Batch, nothing_counts, single_rows
+from .samples import Batch, nothing_counts, sample_losses, single_rows
 from .weights import AttentionWeights, LayerScores, require_only
 
 
@@ -35,7 +35,7 @@ def sample_gradients(
     require_only(model, weights)
     n_samples = 0
     for row in single_rows(batches, model):
-        loss = model(**row, use_cache=False).loss
+        (loss,) = sample_losses(model, row)
         # autograd.grad leaves every .grad of the model alone
         gradients = torch.autograd.grad(loss, [weight.parameter for weight in weights.values()])
         yield {

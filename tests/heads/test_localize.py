@@ -1,9 +1,11 @@
 import math
+from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
 
+from p2d_peft import P2DConfig
 from p2d_peft.heads import HeadSet, ModelGeometry, localize_heads
 from p2d_peft.heads.localize import LocalizeMethod
 
@@ -16,6 +18,7 @@ BLIND = ("magnitude", "random")  # look at no sample
 SEEING = tuple(method for method in METHODS if method not in BLIND)
 SIGNED = ("ablation", "trained")
 SLOW = ("ablation", "trained")  # passes for each head
+PAGE = Path(__file__).parents[2] / "docs" / "localization.md"
 PER_SAMPLE = tuple(method for method in SEEING if method != "proxy")
 
 
@@ -72,15 +75,16 @@ def test_heads_are_localized_in_encoder_decoders(name, method):
 
 
 @pytest.mark.parametrize("method", PER_SAMPLE)
-def test_neither_batching_nor_padding_changes_the_scores_of_samples(method):
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+def test_neither_batching_nor_padding_changes_the_scores_of_samples(name, method):
     batch = random_batch(rows=4, padding=4)
-    together = localize_heads(tiny_model(), [batch], method=method).values
+    together = localize_heads(LAYOUTS[name].model(), [batch], method=method).values
     one_by_one = [{key: value[row : row + 1] for key, value in batch.items()} for row in range(4)]
     one_by_one[3] = {key: value[:, :7] for key, value in one_by_one[3].items()}
-    alone = localize_heads(tiny_model(), one_by_one, method=method).values
+    alone = localize_heads(LAYOUTS[name].model(), one_by_one, method=method).values
     torch.testing.assert_close(alone, together, rtol=2e-4, atol=1e-6 if method in SIGNED else 1e-9)
     wide = {key: torch.nn.functional.pad(batch[key], (5, 0), value=fill) for key, fill in PADDING.items()}
-    on_the_left = localize_heads(tiny_model(), [wide], method=method).values
+    on_the_left = localize_heads(LAYOUTS[name].model(), [wide], method=method).values
     torch.testing.assert_close(on_the_left, together, rtol=2e-4, atol=1e-6 if method in SIGNED else 1e-9)
 
 
@@ -125,21 +129,26 @@ def test_the_model_stays_as_it_was_when_a_pass_raises(method):
 
 @pytest.mark.parametrize("method", SEEING)
 def test_the_model_stays_as_it_was_when_it_raises(method):
-    """In its third pass, when hooks are on the model, weights are changed and gradients are required."""
+    """At a time when hooks are on the model, weights are changed and gradients are required."""
     model = mixed_state(tiny_model())
     before = snapshot(model)
-    passes = []
+    passes, last = [], LAST_PASS.get(method, 3)
 
     def fail(module, args):
         passes.append(module)
-        if len(passes) == 3:
+        if len(passes) == last:
             raise RuntimeError("device died")
 
     handle = model.lm_head.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="device died"):
         localize_heads(model, [random_batch(seed=seed) for seed in range(3)], method=method)
     handle.remove()
+    assert len(passes) == last
     assert_unchanged(model, before)
+
+
+# 3 passes over what is held out, then 3 a step
+LAST_PASS = {"trained": 8}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -234,3 +243,9 @@ def test_batches_that_are_no_text_are_named():
 
 def test_the_result_leads_to_a_head_set():
     assert isinstance(localize_heads(tiny_model(), [random_batch()], method="taylor").top(0.1), HeadSet)
+
+
+def test_every_method_is_described():
+    for text in (localize_heads.__doc__, P2DConfig.__doc__, PAGE.read_text(encoding="utf-8")):
+        for method in METHODS:
+            assert f'`"{method}"`' in text or f"| `{method}` |" in text, method
