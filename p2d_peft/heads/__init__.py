@@ -1,5 +1,6 @@
 """What an attention head is and which heads matter for a task."""
 
+from .comparison import Comparison
 from .geometry import AttentionGeometry, ModelGeometry, Units
 from .head_set import Head, HeadSet
 from .layouts import AttentionLayout, HeadSizes, register_attention_layout
@@ -10,6 +11,7 @@ from .scores import HeadScores
 __all__ = [
     "AttentionGeometry",
     "AttentionLayout",
+    "Comparison",
     "Head",
     "HeadScores",
     "HeadSet",

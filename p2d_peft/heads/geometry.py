@@ -73,16 +73,17 @@ class ModelGeometry(Mapping[Layer, AttentionGeometry]):
         return tuple(sorted({layer.rpartition(".")[0] for layer in self if isinstance(layer, str)}))
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def rows(self) -> tuple[Layer, ...]:
         """
-        (L, H): the number of layers up to the last one with heads, and the largest number of heads a layer.
+        The layers that the rows of a table of heads stand for: in a model with one stack of attention all from 0 to the
+        last one with heads, so that a row's index is the layer's number; else the addresses of those with heads.
+        """
+        return tuple(self) if self.stacks else tuple(range(max(self) + 1))
 
-        Raises:
-            `ValueError`: if there are several stacks of attention.
-        """
-        if self.stacks:
-            raise ValueError(f"The layers of {len(self.stacks)} stacks ({', '.join(self.stacks)}) form no table.")
-        return max(self) + 1, max(attention.n_heads for attention in self.values())
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(L, H): the number of [`~ModelGeometry.rows`], and the largest number of heads a layer."""
+        return len(self.rows), max(attention.n_heads for attention in self.values())
 
     def check(self, heads: HeadSet) -> HeadSet:
         """

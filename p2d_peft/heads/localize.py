@@ -4,27 +4,54 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
 from torch import nn
 
-from ..model_state import model_device, model_id, preserved_state
+from ..model_state import model_id, preserved_state
+from .ablation import ablation_scores
+from .agreement import agreement_scores
+from .fisher import fisher_scores
+from .gain import gain_scores, gain_sgd_scores
+from .gate import gate_scores
 from .geometry import ModelGeometry
+from .magnitude import magnitude_scores
 from .proxy import proxy_scores
 from .random import random_scores
+from .samples import Batch
 from .scores import HeadScores
 from .taylor import taylor_scores
-from .weights import Batch
+from .trained import trained_scores
+from .weights import LayerScores
 
 
-LocalizeMethod = Literal["proxy", "taylor", "random"]
+LocalizeMethod = Literal[
+    "proxy",
+    "taylor",
+    "gate",
+    "fisher",
+    "gain",
+    "gain_sgd",
+    "agreement",
+    "ablation",
+    "trained",
+    "magnitude",
+    "random",
+]
 
-# (model, geometry, batches, seed) -> scores of shape (L, H); runs inside preserved_state
-_METHODS: dict[str, Callable[[nn.Module, ModelGeometry, Iterable[Batch], int], torch.Tensor]] = {
+# (model, geometry, batches, seed) -> scores; runs inside preserved_state
+_METHODS: dict[str, Callable[[nn.Module, ModelGeometry, Iterable[Batch], int], LayerScores]] = {
     "proxy": proxy_scores,
     "taylor": taylor_scores,
+    "gate": gate_scores,
+    "fisher": fisher_scores,
+    "gain": gain_scores,
+    "gain_sgd": gain_sgd_scores,
+    "agreement": agreement_scores,
+    "ablation": ablation_scores,
+    "trained": trained_scores,
+    "magnitude": magnitude_scores,
     "random": random_scores,
 }
 
@@ -40,23 +67,34 @@ def localize_heads(
 
     Args:
         model (`nn.Module`):
-            A causal language model; encoder-decoders are refused. All methods but `random` need floating-point weights.
+            A causal language model or a text-to-text encoder-decoder. All methods but `gate`, `ablation` and `random`
+            need floating-point weights.
         batches (`Iterable[Batch]`):
             About 100 samples of the task, as a data loader gives them: mappings with `input_ids`, `attention_mask` and
-            `labels` of shape (B, T), int64, labels -100 on tokens that do not count.
+            `labels` of shape (B, T), int64, labels -100 on tokens that do not count. An encoder-decoder's labels are its
+            decoder's, of a length of their own. `magnitude` and `random` read none.
         method (`str`, *optional*, defaults to `"proxy"`):
             - `"proxy"`: the paper's, the shift of a head's weights in a short proxy run over the batches;
-            - `"taylor"`: the sum of |gradient x weight| over a head's slices;
+            - `"taylor"`: the sum of |gradient x weight| over a head's slices, sample by sample;
+            - `"gate"`: |gradient of the loss for a factor on the head's output|, mean over samples;
+            - `"fisher"`: the squares of the gradients of a head's slices, mean over samples;
+            - `"gain"`: the L1 norm of the mean gradient, what Adam's first step on a head's slices promises;
+            - `"gain_sgd"`: its squared L2 norm, what a step of gradient descent promises;
+            - `"agreement"`: signal to noise of the samples' gradients;
+            - `"ablation"`: the exact change of the loss without the head, one forward pass for each head;
+            - `"trained"`: the fall of the held-out loss when the head alone is trained, for small models;
+            - `"magnitude"`: the norm of a head's weights, a control without the task;
             - `"random"`: the control.
         seed (`int`, *optional*, defaults to 42):
-            For what is random in a method. The same seed gives the same scores.
+            For what is random in a method, which is `random` alone. The same seed gives the same scores.
 
     Returns:
-        [`HeadScores`]: the table; `.top(0.1)` is the set of heads that the paper goes on with.
+        [`HeadScores`]: the table; `.top(0.1)` is the set of heads that the paper goes on with. Rows are layers, of an
+        encoder-decoder in the order `cross.0`, ..., `decoder.0`, ..., `encoder.0`, ....
 
     Raises:
-        `ValueError`: if the method is unknown, the model's attention is not supported or in several stacks, its
-            weights have no gradients, `batches` holds nothing that counts, or a score is not a number.
+        `ValueError`: if the method is unknown, the model's attention is not supported, the method needs floating-point
+            weights and the model has others, `batches` holds nothing that counts, or a score is not a number.
 
     Example:
 
@@ -69,38 +107,23 @@ def localize_heads(
     if method not in _METHODS:
         raise ValueError(f"`method` must be one of {', '.join(map(repr, _METHODS))}, got {method!r}.")
     geometry = ModelGeometry.of(model)
-    if geometry.stacks:
-        raise ValueError(
-            f"`model` ({type(model).__name__}) has several stacks of attention ({', '.join(geometry.stacks)}); heads are "
-            "localized in models with one stack. Choose the heads of this one by hand."
-        )
     counted = _Counted(batches)
     start = time.perf_counter()
-    with preserved_state(model), _autocast_without_cache(model):
+    with preserved_state(model):
         values = _METHODS[method](model, geometry, counted, seed)
     seconds = time.perf_counter() - start
 
-    scores = torch.full(geometry.shape, torch.nan, dtype=torch.float64)
-    for layer, attention in geometry.items():
-        scores[layer, : attention.n_heads] = values[layer, : attention.n_heads]
-    bad = [tuple(head) for head in geometry.heads if not torch.isfinite(scores[head])]
+    bad = [tuple(head) for head in geometry.heads if not torch.isfinite(values[head.layer][head.head])]
     if bad:
         raise ValueError(
             f"`method`={method!r} gave no finite score for {len(bad)} of {len(geometry.heads)} heads, first for "
             f"(layer, head) {bad[0]}: the model's loss or gradients are not finite on `batches`."
         )
-    return HeadScores(scores, method, seed, counted.n_samples or None, model_id(model), seconds)
-
-
-def _autocast_without_cache(model: nn.Module) -> AbstractContextManager[None]:
-    """
-    The caller's autocast, if there is one, without its cache: that would keep the low-precision copies of the weights
-    until the caller leaves it, and what a method changes in the weights would have no effect on later passes.
-    """
-    kind = model_device(model).type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return nullcontext()
-    return torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)
+    table = torch.full(geometry.shape, torch.nan, dtype=torch.float64)
+    for layer, row in zip(geometry.rows, table, strict=True):
+        if layer in geometry:  # a hybrid's layers without heads have none
+            row[: geometry[layer].n_heads] = values[layer]
+    return HeadScores(table, method, seed, counted.n_samples or None, model_id(model), seconds, layers=geometry.rows)
 
 
 class _Counted:
@@ -112,5 +135,10 @@ class _Counted:
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.batches:
+            if missing := {"input_ids", "labels"} - set(batch):
+                raise ValueError(
+                    f"`batches` must hold mappings with 'input_ids' and 'labels', got one without {sorted(missing)}; "
+                    "heads are localized by a loss on text."
+                )
             self.n_samples += batch["input_ids"].shape[0]
             yield batch

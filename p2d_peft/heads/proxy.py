@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from ..model_state import model_device
-from .geometry import AttentionGeometry, ModelGeometry, Role
-from .weights import Batch, attention_weights, nothing_counts, require_only
+from .geometry import ModelGeometry, Role
+from .samples import IGNORED, Batch, nothing_counts, predicted
+from .weights import LayerScores, attention_weights, head_slices, require_only
 
 
 # Ours: the paper's text was not available. Large enough to move weights in about 100 samples, small enough to keep
@@ -19,7 +20,7 @@ LEARNING_RATE = 1e-4
 SCORED_ROLES: tuple[Role, ...] = ("q", "k", "v")
 
 
-def proxy_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[Batch], seed: int) -> torch.Tensor:
+def proxy_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[Batch], seed: int) -> LayerScores:
     """
     A short proxy run over the batches (P2D section 3.2.1), then the distance of each head's weights before and after.
 
@@ -31,13 +32,13 @@ def proxy_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[Ba
     `softmax(W_q W_k^T W_v)` before and after, see [`weight_shift`].
 
     Args:
-        model (`nn.Module`): Causal language model with floating-point weights.
+        model (`nn.Module`): Causal language model or encoder-decoder with floating-point weights.
         geometry (`ModelGeometry`): Its heads.
         batches (`Iterable[Batch]`): The samples; one pass.
         seed (`int`): Not used: nothing is random here.
 
     Returns:
-        `torch.Tensor`: shape (L, H), float64, NaN where there is no head.
+        `LayerScores`: at least 0.
 
     Raises:
         `ValueError`: if no batch has a token that counts.
@@ -53,7 +54,7 @@ def proxy_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[Ba
     steps = 0
     try:
         for batch in batches:
-            if not (batch["labels"][:, 1:] != -100).any():
+            if not (predicted(model, batch["labels"]) != IGNORED).any():
                 continue
             loss = model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False).loss
             gradients = torch.autograd.grad(loss, list(parameters.values()))
@@ -63,25 +64,26 @@ def proxy_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[Ba
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.copy_(masters[name])
+            # an autocast around this keeps low-precision copies of the weights, which do not move with them
+            torch.clear_autocast_cache()
             steps += 1
     finally:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(before[name])
+        torch.clear_autocast_cache()
     if not steps:
         raise nothing_counts()
 
-    def slices(tensors: Mapping[str, torch.Tensor], attention: AttentionGeometry, head: int) -> list[torch.Tensor]:
-        names = {role: attention.units(role).module for role in SCORED_ROLES}
-        return [
-            weights[name].as_linear(tensors[name].detach())[attention.head_slice(role, head)]
-            for role, name in names.items()
-        ]
-
-    scores = torch.full(geometry.shape, torch.nan, dtype=torch.float64)
+    scores: LayerScores = {}
     for layer, attention in geometry.items():
+        shifts = []
         for head in range(attention.n_heads):
-            scores[layer, head] = weight_shift(slices(before, attention, head), slices(masters, attention, head))
+            old, new = (head_slices(weights, attention, head, tensors) for tensors in (before, masters))
+            shifts.append(
+                weight_shift([old[role] for role in SCORED_ROLES], [new[role].detach() for role in SCORED_ROLES])
+            )
+        scores[layer] = torch.tensor(shifts, dtype=torch.float64)
     return scores
 
 

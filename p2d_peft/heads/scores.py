@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..files import read_json, write_json
-from .head_set import HeadSet
+from .choice import best_cells, best_for_the_time, layer_bounds, number_of_heads
+from .comparison import Comparison, spearman
+from .head_set import HeadSet, Layer
 
 
 if TYPE_CHECKING:
@@ -38,9 +40,13 @@ class HeadScores:
             The model the scores belong to.
         seconds (`float`, *optional*):
             What the localization cost.
+        layers (`tuple[int | str, ...]`, *optional*):
+            The layer that each row stands for, as [`Head`] names it: `0, 1, ...` by default, and addresses such as
+            `"encoder.0"` in a model with several stacks of attention.
 
     Raises:
-        `ValueError`: if `values` is not a two-dimensional table or holds an infinity.
+        `ValueError`: if `values` is not a two-dimensional table or holds an infinity, or `layers` does not name each row
+            once.
     """
 
     values: torch.Tensor
@@ -49,6 +55,7 @@ class HeadScores:
     n_samples: int | None = None
     model_id: str | None = None
     seconds: float | None = None
+    layers: tuple[Layer, ...] = ()
 
     def __post_init__(self) -> None:
         values = torch.as_tensor(self.values).detach().to("cpu", torch.float64)
@@ -57,54 +64,123 @@ class HeadScores:
                 f"`values` must be a finite table of shape (layers, heads), got shape {tuple(values.shape)}"
                 f"{' with infinities' if values.isinf().any() else ''}."
             )
+        layers = tuple(self.layers) or tuple(range(len(values)))
+        if len(set(layers)) != len(values) or len(layers) != len(values):
+            raise ValueError(f"`layers` must name each of the {len(values)} rows of `values` once, got {layers}.")
         object.__setattr__(self, "values", values)
+        object.__setattr__(self, "layers", layers)
 
     @property
     def n_heads(self) -> int:
         """The number of heads that have a score."""
         return int((~self.values.isnan()).sum())
 
-    def top(self, ratio: float = 0.1, *, per_layer: int | None = None) -> HeadSet:
+    def top(
+        self,
+        ratio: float | None = None,
+        *,
+        k: int | None = None,
+        per_layer: int | tuple[int | None, int | None] | None = None,
+        cost_aware: bool = False,
+    ) -> HeadSet:
         """
         The heads with the highest scores.
 
         Args:
             ratio (`float`, *optional*, defaults to 0.1):
                 Share of all heads to take, in (0, 1]; rounded, and at least one head. The paper takes 10 %.
-            per_layer (`int`, *optional*):
-                Take at most so many heads of one layer, which spreads the choice over the depth. By default the
-                ranking is global, as in the paper.
+            k (`int`, *optional*):
+                How many heads to take, in place of `ratio`.
+            per_layer (`int` or `tuple[int, int]`, *optional*):
+                Take at most so many heads of one layer, which spreads the choice over the depth. A pair `(least, most)`
+                also takes at least `least` heads of each layer that has heads (all, where it has fewer); either may be
+                None. By default the ranking is global, as in the paper.
+            cost_aware (`bool`, *optional*, defaults to `False`):
+                Choose the heads for which the sum of their scores divided by the time of a training step is highest. The
+                backward pass ends at the lowest chosen layer `l`, so a step takes `1 + (L - l) / L` forward passes:
+                for each `l`, the best heads from there up are considered. `least` then holds from `l` upwards. Scores
+                must be at least 0 and mean more the larger they are, as those of all methods but `ablation` and
+                `trained` do, and the model must have one stack of attention.
 
         Raises:
-            `ValueError`: if `ratio` is not in (0, 1], or `per_layer` leaves fewer heads than `ratio` asks for.
+            `ValueError`: if `ratio` is not in (0, 1], there are not `k` heads, both are given, no choice of so many
+                heads keeps to `per_layer`, or the scores do not admit `cost_aware`.
         """
-        if not 0 < ratio <= 1:
-            raise ValueError(f"`ratio` must be in (0, 1], got {ratio}.")
-        if per_layer is not None and per_layer < 1:
-            raise ValueError(f"`per_layer` must be at least 1, got {per_layer}.")
-        count = max(1, round(ratio * self.n_heads))
-        # ties are broken by layer, then by head: a stable sort of a list in that order
-        ranked = sorted(
-            ((layer, head) for layer, head in (~self.values.isnan()).nonzero().tolist()),
-            key=lambda pair: -float(self.values[pair]),
-        )
-        chosen: list[tuple[int, int]] = []
-        used: dict[int, int] = {}
-        for layer, head in ranked:
-            if len(chosen) < count and used.get(layer, 0) < (per_layer or math.inf):
-                chosen.append((layer, head))
-                used[layer] = used.get(layer, 0) + 1
-        if len(chosen) < count:
-            raise ValueError(
-                f"`per_layer`={per_layer} leaves {len(chosen)} heads, but `ratio`={ratio} asks for {count} of "
-                f"{self.n_heads}; raise `per_layer` or lower `ratio`."
+        count = number_of_heads(ratio, k, self.n_heads)
+        least, most = layer_bounds(per_layer)
+        if cost_aware:
+            self._check_cost_aware()
+            cells = best_for_the_time(self.values, count, least, most)
+        else:
+            cells = best_cells(self.values, count, least, most)
+        if cells is None:
+            raise self._unkept(f"`ratio`={ratio or 0.1}" if k is None else f"`k`={k}", count, per_layer)
+        return HeadSet((self.layers[row], head) for row, head in cells)
+
+    def _unkept(self, asked: str, count: int, per_layer: int | tuple[int | None, int | None] | None) -> ValueError:
+        """The error for bounds that no choice of `count` heads keeps to."""
+        least, most = layer_bounds(per_layer)
+        heads_of_rows = [n for n in (~self.values.isnan()).sum(dim=1).tolist() if n]
+        left = int(sum(min(most, n) for n in heads_of_rows))
+        if left < count:
+            return ValueError(
+                f"`per_layer`={per_layer} leaves {left} heads, but {asked} asks for {count} of {self.n_heads}; raise "
+                "`per_layer` or ask for fewer heads."
             )
-        return HeadSet(chosen)
+        needed = sum(min(least, n) for n in heads_of_rows)
+        return ValueError(
+            f"`per_layer`={per_layer} takes at least {needed} heads of {len(heads_of_rows)} layers, but {asked} asks for "
+            f"{count} of {self.n_heads}, and no choice keeps to both; lower `per_layer` or ask for another number."
+        )
+
+    def _check_cost_aware(self) -> None:
+        stacks = sorted({layer.rpartition(".")[0] for layer in self.layers if isinstance(layer, str)})
+        if stacks:
+            raise ValueError(
+                f"`cost_aware` is for models with one stack of attention, but these scores are of {', '.join(stacks)}; "
+                "leave it out."
+            )
+        if (self.values < 0).any():
+            raise ValueError(
+                f"`cost_aware` divides sums of scores by the time of a step, but `method`={self.method!r} gave scores "
+                f"below 0 (least {float(self.values.nan_to_num(0).min()):.3g}), for which that has no meaning; leave it "
+                "out or use another method."
+            )
+
+    def compare(self, other: HeadScores, ratio: float | None = None, *, k: int | None = None) -> Comparison:
+        """
+        How much this table and another one of the same heads agree.
+
+        Args:
+            other ([`HeadScores`]): The other table.
+            ratio (`float`, *optional*, defaults to 0.1): Share of the heads to choose by each for the overlap.
+            k (`int`, *optional*): How many heads to choose, in place of `ratio`.
+
+        Returns:
+            [`Comparison`]: Spearman's rank correlation, and the overlap of the choices beside that of chance.
+
+        Raises:
+            `ValueError`: if the tables are not of the same heads, or `ratio` or `k` is out of range.
+        """
+        there = ~self.values.isnan()
+        if self.layers != other.layers or not torch.equal(there, ~other.values.isnan()):
+            raise ValueError(
+                f"`other` is not a table of the same heads: it has {other.n_heads} in {len(other.layers)} layers "
+                f"({other.layers[0]}, ...) and this one {self.n_heads} in {len(self.layers)} ({self.layers[0]}, ...), or "
+                "others are missing. Compare scores of one model."
+            )
+        count = number_of_heads(ratio, k, self.n_heads)
+        return Comparison(
+            spearman=spearman(self.values[there], other.values[there]),
+            overlap=len(self.top(k=count) & other.top(k=count)) / count,
+            chance=count / self.n_heads,
+            k=count,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The scores as plain JSON types; [`HeadScores.from_dict`] reads them back."""
         rows = [[None if math.isnan(value) else value for value in row] for row in self.values.tolist()]
-        return {"format": _FORMAT, **asdict(self), "values": rows}
+        return {"format": _FORMAT, **asdict(self), "values": rows, "layers": list(self.layers)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> HeadScores:
@@ -155,7 +231,8 @@ class HeadScores:
         ax.figure.colorbar(image, ax=ax, label=f"{self.method} score")
         ax.set(xlabel="head", ylabel="layer", title=self.model_id or "")
         ax.set_xticks(range(n_heads))
-        ax.set_yticks(range(n_layers))
+        ax.set_yticks(range(n_layers), labels=[str(layer) for layer in self.layers])
         for layer, head in heads or ():
-            ax.add_patch(Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=1.5))
+            row = self.layers.index(layer)
+            ax.add_patch(Rectangle((head - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=1.5))
         return ax

@@ -1,8 +1,8 @@
-"""What the localization methods share: batches, the attention weights of a model, and sums over a head's slices."""
+"""What the localization methods share: the attention weights of a model, and sums over a head's slices."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -10,13 +10,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..model_state import model_device
-from .geometry import ROLES, AttentionGeometry, ModelGeometry, Role, Units, base_layer
+from .geometry import ROLES, ROWS, AttentionGeometry, ModelGeometry, Role, Units, base_layer
+from .head_set import Layer
 
 
-# What a causal language model takes as keyword arguments: input_ids, attention_mask and labels of shape (B, T), int64;
-# labels are -100 on tokens that do not count.
-Batch: TypeAlias = Mapping[str, torch.Tensor]
+# what a localization method returns: for each layer with heads its scores, shape (H,), float64
+LayerScores: TypeAlias = dict[Layer, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +50,7 @@ def attention_weights(model: nn.Module, geometry: ModelGeometry, method: str) ->
         method (`str`): The localization method that asks, for the error message.
 
     Raises:
-        `ValueError`: if a weight is quantized or on the meta device: its gradients do not exist.
+        `ValueError`: if a weight is quantized or on the meta device: neither its values nor its gradients can be used.
     """
     weights: AttentionWeights = {}
     for attention in geometry.values():
@@ -60,9 +59,9 @@ def attention_weights(model: nn.Module, geometry: ModelGeometry, method: str) ->
             weight = layer.weight
             if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or weight.is_meta:
                 raise ValueError(
-                    f"`method`='{method}' needs the gradients of floating-point weights, but '{name}.weight' is "
-                    f"{weight.dtype} on {weight.device}. Localize on an unquantized copy of the model and pass the "
-                    "heads on, or use `method`='random'."
+                    f"`method`='{method}' needs floating-point weights, but '{name}.weight' is {weight.dtype} on "
+                    f"{weight.device}. Localize on an unquantized copy of the model and pass the heads on, or use a "
+                    "method that looks at no weights: 'gate' or 'ablation' ('random' as the control)."
                 )
             weights[name] = ProjectionWeight(weight, isinstance(layer, Conv1D))
     return weights
@@ -77,9 +76,28 @@ def require_only(model: nn.Module, weights: AttentionWeights) -> None:
         weight.parameter.requires_grad = True
 
 
-def nothing_counts() -> ValueError:
-    """The error for batches without a single token to learn from."""
-    return ValueError("`batches` holds no sample with a token that counts (a label other than -100).")
+def head_slices(
+    weights: AttentionWeights, attention: AttentionGeometry, head: int, tensors: Mapping[str, torch.Tensor]
+) -> dict[Role, torch.Tensor]:
+    """
+    The slices of one head.
+
+    Args:
+        weights (`AttentionWeights`): The attention weights.
+        attention (`AttentionGeometry`): The head's attention module.
+        head (`int`): The head.
+        tensors (`Mapping[str, torch.Tensor]`):
+            By the name of the projection, tensors of its parameter's shape: the parameter itself, its gradient, a copy.
+
+    Returns:
+        `dict[str, torch.Tensor]`: for each role a view of the head's rows, or of its columns for `o`.
+    """
+    slices: dict[Role, torch.Tensor] = {}
+    for role in ROLES:
+        units, where = attention.units(role), attention.head_slice(role, head)
+        tensor = weights[units.module].as_linear(tensors[units.module])
+        slices[role] = tensor[where] if units.dim == ROWS else tensor[:, where]
+    return slices
 
 
 def unit_sums(values: torch.Tensor, units: Units) -> torch.Tensor:
@@ -113,16 +131,21 @@ def head_sums(attention: AttentionGeometry, sums: Mapping[Role, torch.Tensor]) -
     return sums["q"] + sums["o"] + sums["k"][groups] + sums["v"][groups]
 
 
-def single_rows(batches: Iterable[Batch], model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+def slice_sums(geometry: ModelGeometry, values: Mapping[str, torch.Tensor]) -> LayerScores:
     """
-    The rows of all batches as batches of one, without their padding, on the model's device.
+    Sum over the slices of q, k, v and o of each head; a group's k and v count in full for each of its query heads.
 
-    Rows without a token that counts are left out: they have no loss.
+    Args:
+        geometry (`ModelGeometry`): The heads.
+        values (`Mapping[str, torch.Tensor]`):
+            By the name of the projection, a tensor of shape (out_features, in_features).
+
+    Returns:
+        `LayerScores`: for each layer a float64 tensor of shape (H,) on the CPU.
     """
-    device = model_device(model)
-    for batch in batches:
-        for row in range(batch["input_ids"].shape[0]):
-            kept = batch["attention_mask"][row].bool() if "attention_mask" in batch else slice(None)
-            single = {key: batch[key][row][kept][None].to(device) for key in ("input_ids", "labels")}
-            if (single["labels"][:, 1:] != -100).any():
-                yield {**single, "attention_mask": torch.ones_like(single["input_ids"])}
+    sums: LayerScores = {}
+    for layer, attention in geometry.items():
+        parts = {role: unit_sums(values[attention.units(role).module], attention.units(role)) for role in ROLES}
+        # a layer's projections may be on different devices
+        sums[layer] = head_sums(attention, {role: part.cpu() for role, part in parts.items()})
+    return sums

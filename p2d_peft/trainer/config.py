@@ -23,7 +23,8 @@ class P2DConfig(SFTConfig):
         heads_per_layer (`int`, *optional*):
             Select at most so many heads of one layer. By default the ranking is global.
         localize_method (`str`, *optional*, defaults to `"proxy"`):
-            How heads are found: `"proxy"`, `"taylor"` or `"random"`; see [`localize_heads`].
+            How heads are found: `"proxy"`, `"taylor"`, `"gate"`, `"fisher"`, `"gain"`, `"gain_sgd"`, `"agreement"`,
+            `"ablation"`, `"trained"`, `"magnitude"` or `"random"`; see [`localize_heads`].
         data_ratio (`float`, *optional*, defaults to `0.1`):
             Share of the rows of `train_dataset` to train on, in (0, 1]. The paper takes 10 %.
         scorer (`str`, *optional*, defaults to `"affinity"`):
@@ -52,7 +53,11 @@ class P2DConfig(SFTConfig):
     )
     localize_method: LocalizeMethod = field(
         default="proxy",
-        metadata={"help": "How heads are found."},
+        metadata={
+            "help": "How heads are found. proxy (the paper's): by their shift in a short training; taylor, fisher, gain, "
+            "gain_sgd, agreement: by gradients of their weights; gate, ablation: by what the loss is without them, also "
+            "on quantized models; trained: by training each, on small models; magnitude, random: controls."
+        },
     )
     data_ratio: float = field(
         default=0.1,

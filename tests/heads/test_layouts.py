@@ -1,6 +1,7 @@
 """The slices of every layout against what its model computes, and HeadSparse on every layout."""
 
 import copy
+from typing import get_args
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from transformers.pytorch_utils import Conv1D
 from p2d_peft import HeadSparseConfig, localize_heads
 from p2d_peft.heads import HeadSet, ModelGeometry
 from p2d_peft.heads.geometry import ROLES, ROWS
+from p2d_peft.heads.localize import LocalizeMethod
 
 from ..benchmark_files import load_benchmark
-from ..model_checks import assert_unchanged, snapshot
 from ..tiny_models import LAYOUTS, random_batch, tiny_model
 
 
@@ -172,7 +173,7 @@ def test_addresses_of_several_stacks_survive_saving(tmp_path):
     assert torch.equal(run(loaded, layout), run(adapted, layout))
 
 
-@pytest.mark.parametrize("method", ["proxy", "taylor"])
+@pytest.mark.parametrize("method", [method for method in get_args(LocalizeMethod) if method != "random"])
 def test_a_model_in_another_layout_gets_the_same_scores(method):
     llama, batch = tiny_model(), random_batch()
     phi3 = load_benchmark("fused_layout").phi3_of(llama)
@@ -180,18 +181,6 @@ def test_a_model_in_another_layout_gets_the_same_scores(method):
         torch.testing.assert_close(phi3(**batch).logits, llama(**batch).logits)
     scores = [localize_heads(model, [batch, random_batch(seed=1)], method=method).values for model in (llama, phi3)]
     torch.testing.assert_close(scores[1], scores[0], rtol=1e-3, atol=0)
-
-
-@pytest.mark.parametrize("method", ["proxy", "taylor", "random"])
-@pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "falcon-gqa", "codegen", "qwen3-next", "deepseek-v3", "jamba"])
-def test_heads_are_localized_in_other_layouts(name, method):
-    model = LAYOUTS[name].model()
-    before = snapshot(model)
-    scores = localize_heads(model, [random_batch()], method=method)
-    assert_unchanged(model, before)
-    geometry = ModelGeometry.of(model)
-    assert scores.n_heads == len(geometry.heads)
-    assert all(scores.values[head] > 0 for head in geometry.heads)
 
 
 def test_taylor_reads_transposed_weights_the_right_way():
@@ -205,12 +194,3 @@ def test_taylor_reads_transposed_weights_the_right_way():
     expected = sum(fused[:, block : block + 48][:, own].sum() for block in (0, 48, 96)) + output[own].sum()
     scores = localize_heads(LAYOUTS["gpt2"].model(), [batch], method="taylor")
     assert float(scores.values[1, 2]) == pytest.approx(float(expected), rel=1e-4)
-
-
-def test_heads_of_encoder_decoders_are_not_localized():
-    def batches():
-        raise AssertionError("no work is done")
-        yield
-
-    with pytest.raises(ValueError, match=r"T5ForConditionalGeneration\) has several stacks .*cross, decoder, encoder"):
-        localize_heads(LAYOUTS["t5"].model(), batches())

@@ -69,3 +69,13 @@ def test_follows_adamw_step_by_step():
             )
     scores = localize_heads(tiny_model(), batches, method="proxy").values
     torch.testing.assert_close(scores, expected, rtol=1e-6, atol=0)
+
+
+def test_every_step_sees_the_weights_of_the_one_before_under_autocast():
+    """autocast keeps copies of weights for a whole context: the losses of one batch over and over have to fall."""
+    model, losses = tiny_model(), []
+    handle = model.register_forward_hook(lambda module, args, output: losses.append(output.loss.item()))
+    with torch.autocast("cpu", torch.bfloat16):
+        localize_heads(model, [random_batch()] * 6, method="proxy")
+    handle.remove()
+    assert len(set(losses)) == 6 and losses[-1] < losses[0]

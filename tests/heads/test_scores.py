@@ -68,3 +68,90 @@ def test_plot_draws_the_table_and_marks_the_heads():
     (image,) = axes.images
     assert image.get_array().tolist() == table.values.tolist()
     assert sorted(patch.get_xy() for patch in axes.patches) == [(-0.5, 0.5), (0.5, -0.5)]
+
+
+ADDRESSES = ("cross.0", "decoder.0", "encoder.0")
+
+
+def text_to_text_scores():
+    return HeadScores(torch.tensor([[0.1, 0.9], [0.5, 0.3], [0.2, 0.8]]), "gate", layers=ADDRESSES)
+
+
+def test_rows_may_be_addresses(tmp_path):
+    table = text_to_text_scores()
+    assert table.top(0.34) == HeadSet([("cross.0", 1), ("encoder.0", 1)])
+    table.save(tmp_path / "scores.json")
+    loaded = HeadScores.load(tmp_path / "scores.json")
+    assert loaded.layers == ADDRESSES and loaded.top(0.34) == table.top(0.34)
+    axes = table.plot(heads=HeadSet([("encoder.0", 1)]))
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(ADDRESSES)
+    assert [patch.get_xy() for patch in axes.patches] == [(0.5, 1.5)]
+
+
+def test_files_without_layers_are_numbered():
+    data = scores([[0.1, 0.9], [0.5, 0.3]]).to_dict()
+    assert data.pop("layers") == [0, 1]
+    assert HeadScores.from_dict(data).layers == (0, 1)
+
+
+@pytest.mark.parametrize("layers", [(0,), (0, 0), (0, 1, 2), ("encoder.0", "encoder.1", "encoder.1")])
+def test_layers_that_do_not_name_the_rows_are_refused(layers):
+    with pytest.raises(ValueError, match="`layers` must name each of the 2 rows of `values` once"):
+        HeadScores(torch.zeros(2, 2), "gate", layers=layers)
+
+
+def test_a_number_of_heads_in_place_of_a_ratio():
+    table = scores([[0.1, 0.9], [0.5, 0.3]])
+    assert table.top(k=3) == HeadSet([(0, 1), (1, 0), (1, 1)]) == table.top(0.75)
+    with pytest.raises(ValueError, match="not both"):
+        table.top(0.1, k=1)
+
+
+def test_at_least_so_many_of_each_layer():
+    table = scores([[4.0, 3.0], [2.0, 1.0], [math.nan, math.nan]])
+    assert table.top(k=2, per_layer=(1, None)) == HeadSet([(0, 0), (1, 0)])
+    assert table.top(k=3, per_layer=(1, 2)) == HeadSet([(0, 0), (0, 1), (1, 0)])
+    with pytest.raises(
+        ValueError, match=r"`per_layer`=\(2, None\) takes at least 4 heads of 2 layers, but `k`=3 asks"
+    ):
+        table.top(k=3, per_layer=(2, None))
+    with pytest.raises(ValueError, match=r"`per_layer`=\(1, 1\) leaves 2 heads, but `k`=3 asks for 3 of 4"):
+        table.top(k=3, per_layer=(1, 1))
+
+
+def test_cost_aware_prefers_layers_from_which_the_backward_is_short():
+    table = scores([[1.0, 0.1], [0.9, 0.1], [0.8, 0.1]])
+    assert table.top(k=1) == HeadSet([(0, 0)])
+    # 1.0 / 2, 0.9 / (5/3), 0.8 / (4/3)
+    assert table.top(k=1, cost_aware=True) == HeadSet([(2, 0)])
+    # (1.0 + 0.9) / 2, (0.9 + 0.8) / (5/3), (0.8 + 0.1) / (4/3)
+    assert table.top(k=2, cost_aware=True) == HeadSet([(1, 0), (2, 0)])
+    assert table.top(k=2, cost_aware=True, per_layer=(2, None)) == HeadSet([(2, 0), (2, 1)])
+    with pytest.raises(ValueError, match=r"`per_layer`=\(2, 2\) takes .*, but `k`=3 .* no choice keeps to both"):
+        table.top(k=3, cost_aware=True, per_layer=(2, 2))
+
+
+def test_cost_aware_needs_scores_that_add_up_and_one_stack():
+    with pytest.raises(ValueError, match=r"`method`='taylor' gave scores below 0 \(least -1\)"):
+        scores([[1.0, -1.0]]).top(k=1, cost_aware=True)
+    with pytest.raises(ValueError, match=r"`cost_aware` is for models with one stack .* cross, decoder, encoder"):
+        text_to_text_scores().top(k=1, cost_aware=True)
+
+
+def test_tables_are_compared_by_ranks_and_choices():
+    a = scores([[0.1, 0.9, 0.8], [0.5, 0.3, math.nan]])
+    b = scores([[1.0, 9.0, 3.0], [8.0, 2.0, math.nan]])
+    same = a.compare(a)
+    assert (same.spearman, same.overlap, same.chance, same.k) == (pytest.approx(1), 1, 0.2, 1)
+    found = a.compare(b, k=2)
+    assert (found.overlap, found.chance, found.k) == (0.5, 0.4, 2)
+    # ranks 1, 5, 4, 3, 2 and 1, 5, 3, 4, 2
+    assert found.spearman == pytest.approx(1 - 6 * 2 / (5 * 24))
+    assert a.compare(b, 0.4) == found
+
+
+def test_only_tables_of_the_same_heads_are_compared():
+    table = scores([[0.1, 0.9], [0.5, 0.3], [0.2, 0.8]])
+    for other in (scores([[0.1, 0.9]]), scores([[0.1, 0.9], [0.5, math.nan], [0.2, 0.8]]), text_to_text_scores()):
+        with pytest.raises(ValueError, match="`other` is not a table of the same heads"):
+            table.compare(other)

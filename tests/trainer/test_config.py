@@ -31,7 +31,11 @@ def test_works_with_trl_parser_flags_yaml_and_help(tmp_path, capsys):
         ("head_ratio", 0, r"`head_ratio` must be in \(0, 1\], got 0"),
         ("data_ratio", 1.5, r"`data_ratio` must be in \(0, 1\], got 1\.5"),
         ("heads_per_layer", 0, "`heads_per_layer` must be at least 1, got 0"),
-        ("localize_method", "magic", r"`localize_method` must be one of \['proxy', 'taylor', 'random'\], got 'magic'"),
+        (
+            "localize_method",
+            "magic",
+            r"`localize_method` must be one of \['proxy', 'taylor', .*'random'\], got 'magic'",
+        ),
         ("scorer", "magic", "`scorer` must be one of .*'affinity'.*got 'magic'"),
         ("target_samples", 0, "`target_samples` must be at least 1, got 0"),
         ("reference_seconds", 0.0, r"`reference_seconds` must be positive, got 0\.0"),

@@ -1,0 +1,112 @@
+"""Which heads of a table of scores are chosen: the best, spread over the layers, or the best for the time they cost."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+# (row, head) of a table
+Cell = tuple[int, int]
+
+
+def number_of_heads(ratio: float | None, k: int | None, n_heads: int) -> int:
+    """
+    How many heads a share or a number of heads asks for.
+
+    Args:
+        ratio (`float`, *optional*): Share in (0, 1]; rounded, and at least one head. 0.1 where `k` is not given either.
+        k (`int`, *optional*): The number itself.
+        n_heads (`int`): How many there are.
+
+    Raises:
+        `ValueError`: if both are given, or there are not so many heads.
+    """
+    if k is None:
+        ratio = 0.1 if ratio is None else ratio
+        if not 0 < ratio <= 1:
+            raise ValueError(f"`ratio` must be in (0, 1], got {ratio}.")
+        return max(1, round(ratio * n_heads))
+    if ratio is not None:
+        raise ValueError(f"Give the number of heads as `ratio` or as `k`, not both; got {ratio} and {k}.")
+    if not 1 <= k <= n_heads:
+        raise ValueError(f"`k` must be from 1 to {n_heads}, the number of heads, got {k}.")
+    return k
+
+
+def layer_bounds(per_layer: int | tuple[int | None, int | None] | None) -> tuple[int, float]:
+    """
+    The least and the most heads of one layer.
+
+    Args:
+        per_layer (`int` or `tuple[int, int]`, *optional*): The most, or the least and the most; None is no bound.
+
+    Raises:
+        `ValueError`: if the bounds admit no heads at all, or contradict each other.
+    """
+    pair = per_layer if isinstance(per_layer, (tuple, list)) else (None, per_layer)
+    if len(pair) != 2:
+        raise ValueError(f"`per_layer` must be the most heads a layer, or a pair (least, most), got {per_layer}.")
+    least, most = pair[0] or 0, math.inf if pair[1] is None else pair[1]
+    if least < 0 or most < 1 or least > most:
+        raise ValueError(
+            f"`per_layer` must be at least 1, or a pair (least, most) with 0 <= least <= most, got {per_layer}."
+        )
+    return least, most
+
+
+def best_cells(values: torch.Tensor, count: int, least: int, most: float, lowest: int = 0) -> list[Cell] | None:
+    """
+    The cells with the highest sum of scores that keep to the bounds; ties go to the lower row, then the lower head.
+
+    Taking the best `least` of each row first and then the best of what is left gives the highest sum: what the bounds
+    allow is a matroid.
+
+    Args:
+        values (`torch.Tensor`): Shape (L, H); NaN where there is no head.
+        count (`int`): How many to take.
+        least (`int`), most (`float`): Bounds for each row that has heads; of a row with fewer than `least`, all.
+        lowest (`int`): Rows below are left out, and `least` does not hold for them.
+
+    Returns:
+        `list[tuple[int, int]]`: the cells, or None where no choice keeps to the bounds.
+    """
+    there = [(row, head) for row, head in (~values.isnan()).nonzero().tolist() if row >= lowest]
+    # stable: cells of equal scores stay in order
+    ranked = sorted(there, key=lambda cell: -float(values[cell]))
+    used: dict[int, int] = {}
+    chosen: list[Cell] = []
+    for bound, stop in ((least, len(ranked)), (most, count)):
+        taken = set(chosen)
+        for cell in ranked:
+            if cell not in taken and len(chosen) < stop and used.get(cell[0], 0) < bound:
+                chosen.append(cell)
+                used[cell[0]] = used.get(cell[0], 0) + 1
+    return chosen if len(chosen) == count else None
+
+
+def best_for_the_time(values: torch.Tensor, count: int, least: int, most: float) -> list[Cell] | None:
+    """
+    The cells for which the sum of scores divided by the time of a training step is highest.
+
+    The backward pass ends at the lowest chosen layer `l`, so the step takes `1 + (L - l) / L` forward passes. For each
+    `l` the best cells from there up are compared; of equals, those that cost less time win.
+
+    Args:
+        values (`torch.Tensor`): As in [`best_cells`], at least 0.
+        count (`int`), least (`int`), most (`float`): As there.
+
+    Returns:
+        `list[tuple[int, int]]`: the cells, or None where no choice keeps to the bounds.
+    """
+    n_layers = len(values)
+    best, best_value = None, -math.inf
+    for lowest in reversed(range(n_layers)):
+        cells = best_cells(values, count, least, most, lowest)
+        if cells is None:
+            continue
+        value = sum(float(values[cell]) for cell in cells) / (1 + (n_layers - lowest) / n_layers)
+        if value > best_value:
+            best, best_value = cells, value
+    return best

@@ -1,0 +1,104 @@
+"""The samples that heads are localized on: batches, their rows without padding, and the loss of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeAlias
+
+import torch
+from torch import nn
+
+from ..model_state import model_device
+
+
+# What the model takes as keyword arguments: input_ids and attention_mask of shape (B, T), int64, and labels, -100 on
+# tokens that do not count: of shape (B, T) for causal language models, (B, tokens of the decoder) for encoder-decoders.
+Batch: TypeAlias = Mapping[str, torch.Tensor]
+IGNORED = -100
+
+
+def nothing_counts() -> ValueError:
+    """The error for batches without a single token to learn from."""
+    return ValueError("`batches` holds no sample with a token that counts (a label other than -100).")
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether labels are what a decoder says about the input, and not the input itself shifted by one."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def predicted(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
+    """The labels that a model predicts: all in an encoder-decoder, all but the first token's in a causal model."""
+    return labels if is_encoder_decoder(model) else labels[:, 1:]
+
+
+def rows_of(batch: Batch, model: nn.Module) -> list[dict[str, torch.Tensor]]:
+    """
+    The rows of a batch as batches of one, without their padding, on the model's device.
+
+    Rows without a token that counts are left out: they have no loss. An encoder-decoder's labels end with the last one
+    that counts; what comes after it cannot change the loss.
+
+    Args:
+        batch (`Batch`): The batch.
+        model (`nn.Module`): The model that it is for.
+    """
+    device = model_device(model)
+    rows = []
+    for index in range(batch["input_ids"].shape[0]):
+        input_ids, labels = batch["input_ids"][index], batch["labels"][index]
+        kept = batch["attention_mask"][index].bool() if "attention_mask" in batch else slice(None)
+        if is_encoder_decoder(model):
+            counted = (labels != IGNORED).nonzero()
+            labels = labels[: int(counted[-1]) + 1] if len(counted) else labels
+        else:
+            labels = labels[kept]
+        row = {"input_ids": input_ids[kept][None].to(device), "labels": labels[None].to(device)}
+        if (predicted(model, row["labels"]) != IGNORED).any():
+            rows.append({**row, "attention_mask": torch.ones_like(row["input_ids"])})
+    return rows
+
+
+def single_rows(batches: Iterable[Batch], model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """The rows of all batches, see [`rows_of`]."""
+    for batch in batches:
+        yield from rows_of(batch, model)
+
+
+def right_padded(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """
+    Rows in one batch, padded on the right, so that a row's positions are those that it has alone.
+
+    Args:
+        rows (`list[dict[str, torch.Tensor]]`): What [`rows_of`] gives; at least one.
+    """
+    # any token will do where the mask is 0 and the label is ignored
+    paddings = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+    return {
+        key: nn.utils.rnn.pad_sequence([row[key][0] for row in rows], batch_first=True, padding_value=padding)
+        for key, padding in paddings.items()
+    }
+
+
+def sample_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """
+    The loss of each row: the mean cross-entropy over its tokens that count.
+
+    Unlike the model's own loss it does not weigh a row by its number of tokens, and stays in the precision of the logits
+    where that is above float32.
+
+    Args:
+        model (`nn.Module`): A causal language model or an encoder-decoder.
+        batch (`Batch`): What [`right_padded`] gives.
+
+    Returns:
+        `torch.Tensor`: shape (B,), float32 or the logits' dtype.
+    """
+    # an encoder-decoder makes the decoder's input of the labels
+    keys = batch.keys() if is_encoder_decoder(model) else batch.keys() - {"labels"}
+    logits = model(**{key: batch[key] for key in keys}, use_cache=False).logits
+    labels = predicted(model, batch["labels"]).to(logits.device)
+    logits = logits[:, : labels.shape[1]]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    return losses.sum(dim=1) / (labels != IGNORED).sum(dim=1)
