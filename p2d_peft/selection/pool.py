@@ -32,3 +32,21 @@ def kept_rows(kept: Dataset, scores: list[float]) -> Dataset:
     if SCORE_COLUMN in kept.column_names:
         kept = kept.remove_columns(SCORE_COLUMN)
     return kept.add_column(SCORE_COLUMN, scores)
+
+
+def extremes(pool: Dataset, scores: torch.Tensor, n: int = 10) -> Dataset:
+    """
+    The rows with the highest and the lowest scores, to read.
+
+    Args:
+        pool (`Dataset`): The pool.
+        scores (`torch.Tensor`): Shape (rows,), as [`P2DDataSelector.score`] returns them.
+        n (`int`, *optional*, defaults to 10): How many of each; all rows once, if there are fewer than twice as many.
+
+    Returns:
+        `Dataset`: the rows from the best to the worst, with the columns `p2d_row` (their number) and `p2d_score`.
+    """
+    order = ranked(scores)
+    chosen = order if len(order) <= 2 * n else order[:n] + order[-n:]
+    shown = kept_rows(pool.select(chosen), scores[chosen].tolist())
+    return shown.remove_columns([c for c in shown.column_names if c == "p2d_row"]).add_column("p2d_row", chosen)

@@ -81,6 +81,8 @@ class P2DDataSelector:
 
     Attributes:
         report ([`ScoringReport`] or `None`): What there is to tell of the last scoring.
+        scores (`torch.Tensor` or `None`): The scores that it gave.
+        rows (`list[int]` or `None`): The rows that the last `select` kept, ascending.
 
     Raises:
         `ValueError`: if the scorer is unknown or lacks what it needs, `heads` does not fit the model, the model has
@@ -145,6 +147,8 @@ class P2DDataSelector:
         self.max_tokens = max_tokens
         self.policies = tuple(policies)
         self.report: ScoringReport | None = None
+        self.scores: torch.Tensor | None = None
+        self.rows: list[int] | None = None
         self.engine = ScoringEngine(
             name=scorer,
             scorer=needs,
@@ -196,7 +200,7 @@ class P2DDataSelector:
         if isinstance(pool, Dataset):
             self._count(len(pool))  # before the expensive part
         scored = self._score(pool)
-        rows = self._choose(pool, scored)
+        self.rows = rows = self._choose(pool, scored)
         return kept_rows(rows_of(pool, rows), scored.scores[rows].tolist())
 
     def choose(self, scores: torch.Tensor) -> list[int]:
@@ -224,7 +228,7 @@ class P2DDataSelector:
 
     def _score(self, pool: Dataset | IterableDataset) -> PoolScores:
         scored = self.engine.score(pool)
-        self.report = scored.report
+        self.report, self.scores = scored.report, scored.scores
         return scored
 
     def _choose(self, pool: Dataset | IterableDataset, scored: PoolScores) -> list[int]:

@@ -6,7 +6,7 @@ from peft.utils import register_peft_method
 from .config import HEAD_SPARSE, HeadSparseConfig
 from .layer import HeadSparseLayer, WeightSlice
 from .linear import Linear
-from .lora import convert_to_lora, save_as_lora
+from .lora import LoraReport, convert_to_lora, lora_report, save_as_lora
 from .model import HeadSparseModel
 
 
@@ -15,8 +15,10 @@ __all__ = [
     "HeadSparseLayer",
     "HeadSparseModel",
     "Linear",
+    "LoraReport",
     "WeightSlice",
     "convert_to_lora",
+    "lora_report",
     "save_as_lora",
 ]
 
