@@ -17,6 +17,7 @@ head_sparse_step = load_benchmark("head_sparse_step")
 fused_layout = load_benchmark("fused_layout")
 localize = load_benchmark("localize")
 localize_report = load_benchmark("localize_report")
+selection_cost = load_benchmark("selection_cost")
 
 
 @pytest.fixture(scope="module")
@@ -290,3 +291,28 @@ def test_command_names_no_folder():
     assert environment.command("x.py", arguments) == (
         "python benchmarks/x.py --model model --train=c.jsonl --output out --lr 0.002"
     )
+
+
+# -- selection_cost.py
+
+
+def test_selection_cost_compares_the_same_batches(tmp_path):
+    tiny_model(num_hidden_layers=4).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "pool.json").write_text("\n".join(map(json.dumps, rows(40, seed=0))))
+    options = ["--model", f"{tmp_path}/model", "--pool", f"{tmp_path}/pool.json", "--rounds", "2", "--rows", "24"]
+    options += ["--prompt", "prompt", "--completion", "completion", "--depth", "0.5", "--batch-size", "4"]
+    numbers = selection_cost.main([*options, "--output", f"{tmp_path}/out.json"])
+    assert json.loads((tmp_path / "out.json").read_text()) == numbers
+    assert numbers["layers"] == "2 of 4" and numbers["rows"] == 24
+    assert numbers["tokens"] <= numbers["padded_tokens_bucketed"] < numbers["padded_tokens_unsorted"]
+    assert all(len(values) == 2 for values in numbers["seconds"].values())
+    # the model that is cut off computes what the whole one does up to there
+    model = tiny_model(num_hidden_layers=4)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        hidden = model(ids, output_hidden_states=True).hidden_states[2]
+        cut = selection_cost.cut_off(model, 1)
+        cut.norm = torch.nn.Identity()
+        assert torch.equal(cut(input_ids=ids).last_hidden_state, hidden)
+    assert len(model.model.layers) == 4
