@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
 from torch import nn
 
-from ..model_state import model_device, model_id, preserved_state
+from ..model_state import autocast_without_cache, model_id, preserved_state
 from .geometry import ModelGeometry
 from .proxy import proxy_scores
 from .random import random_scores
@@ -76,7 +75,7 @@ def localize_heads(
         )
     counted = _Counted(batches)
     start = time.perf_counter()
-    with preserved_state(model), _autocast_without_cache(model):
+    with preserved_state(model), autocast_without_cache(model):
         values = _METHODS[method](model, geometry, counted, seed)
     seconds = time.perf_counter() - start
 
@@ -90,17 +89,6 @@ def localize_heads(
             f"(layer, head) {bad[0]}: the model's loss or gradients are not finite on `batches`."
         )
     return HeadScores(scores, method, seed, counted.n_samples or None, model_id(model), seconds)
-
-
-def _autocast_without_cache(model: nn.Module) -> AbstractContextManager[None]:
-    """
-    The caller's autocast, if there is one, without its cache: that would keep the low-precision copies of the weights
-    until the caller leaves it, and what a method changes in the weights would have no effect on later passes.
-    """
-    kind = model_device(model).type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return nullcontext()
-    return torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)
 
 
 class _Counted:
