@@ -211,7 +211,8 @@ def less(context: ScoringContext) -> Iterator[ScoreRows]:
 
         def score(samples: Samples) -> RowScores:
             found = features(samples, of_adam=True)
-            per_target = found @ target.T
+            with torch.autocast("cpu", enabled=False):
+                per_target = found @ target.T
             return RowScores(per_target.mean(dim=1), per_target, found)
 
         yield score
