@@ -127,6 +127,7 @@ def head_gradients(
         return keep
 
     def gradients_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        n_samples = len(batch["input_ids"])
         inputs.clear()
         outputs.clear()
         with torch.enable_grad():
@@ -137,7 +138,11 @@ def head_gradients(
         parts = []
         with torch.autocast(loss.device.type, enabled=False):  # sums of many tokens want their digits
             for number, part in enumerate(slices):
-                gradient, given = gradients[part.module], inputs[part.module]
+                # some projections get their tokens along several dims, or those of all samples along one
+                gradient, given = (
+                    values[part.module].reshape(n_samples, -1, values[part.module].shape[-1])
+                    for values in (gradients, inputs)
+                )
                 if part.rows is not None:
                     gradient = gradient.index_select(-1, part.rows.to(gradient.device))
                 if part.columns is not None:
