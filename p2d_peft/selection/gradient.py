@@ -14,8 +14,8 @@ from .scoring import Scorer, ScoreRows, ScoringContext
 from .similarity import similarity_to_target
 
 
-# What the rows and columns of each slice are projected to. Ours: with the heads of 20 layers, 80 slices, that is 20,480
-# numbers a sample, and an error of about 0.05 in a cosine.
+# What the rows and columns of each slice are projected to. Ours: with heads in 20 layers, 80 slices, that is 20,480
+# numbers a sample. With 12 slices cosines are off by 0.09 in the mean square, and half the error costs 16 times the size.
 PROJECTED_ROWS = 16
 PROJECTED_COLUMNS = 16
 
