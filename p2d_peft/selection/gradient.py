@@ -15,7 +15,7 @@ from .similarity import similarity_to_target
 
 
 # What the rows and columns of each slice are projected to. Ours: with heads in 20 layers, 80 slices, that is 20,480
-# numbers a sample. With 12 slices cosines are off by 0.09 in the mean square, and half the error costs 16 times the size.
+# numbers a sample, and cosines are off by 0.05 in the root mean square, where they vary by 0.21 (SmolLM2-135M-Instruct).
 PROJECTED_ROWS = 16
 PROJECTED_COLUMNS = 16
 

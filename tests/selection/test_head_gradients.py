@@ -80,7 +80,7 @@ def test_padding_and_the_other_samples_of_a_batch_do_not_matter():
 
 
 def test_projection_keeps_cosines():
-    """12 slices at 16 x 16: cosines are off by 0.1 in the mean square, and by nothing on average."""
+    """12 slices at 16 x 16: cosines are off by 0.1 in the root mean square, and by nothing on average."""
     model = tiny_model("llama-mha-bias", hidden_size=96)
     heads = ModelGeometry.of(model).heads
     batches = [batch for _, batch in samples_of().batches(8, torch.device("cpu"))]

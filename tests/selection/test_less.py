@@ -79,7 +79,7 @@ def test_is_the_cosine_of_a_step_of_adam_with_the_targets_gradient(monkeypatch):
 
 
 def test_a_sketch_keeps_cosines():
-    """8,192 sums: cosines are off by 0.011 in the mean square."""
+    """8,192 sums: cosines are off by 0.011 in the root mean square."""
     vectors = torch.randn(40, 30_000) + torch.randn(30_000)
     sketch = less.GradientSketch(30_000, 8192, 0, torch.device("cpu"))
 
