@@ -1,4 +1,5 @@
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from trl import SFTConfig
 
 from p2d_peft.heads import HeadSet, ModelGeometry, localize_heads
 from p2d_peft.selection import P2DDataSelector, engine, less
+from p2d_peft.selection.selector import ScorerName, needs_heads
 
 from ..model_checks import assert_unchanged, mixed_state, snapshot
 from ..tiny_data import KINDS, prompt_completion, rows, text
@@ -39,6 +41,11 @@ def selector(model=None, scorer="affinity", target=None, heads=HEADS, **kwargs):
         scorer=scorer,
         **kwargs,
     )
+
+
+def test_every_scorer_is_tested_here_and_tells_whether_it_needs_heads():
+    assert sorted(SCORERS) == list(get_args(ScorerName))
+    assert [scorer for scorer in get_args(ScorerName) if needs_heads(scorer)] == list(BY_HEADS)
 
 
 @pytest.mark.parametrize(("kind", "scorer"), KINDS_BY_SCORER)
