@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -33,6 +33,17 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for parameter, flag in requires_grad:
             parameter.requires_grad = flag
+
+
+def autocast_without_cache(model: nn.Module) -> AbstractContextManager[None]:
+    """
+    The caller's autocast, if there is one, without its cache: that would keep the low-precision copies of the weights
+    until the caller leaves it, and what a stage changes in the weights would have no effect on later passes.
+    """
+    kind = model_device(model).type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)
 
 
 def model_device(model: nn.Module) -> torch.device:

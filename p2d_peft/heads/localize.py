@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ..model_state import model_id, preserved_state
+from ..model_state import autocast_without_cache, model_id, preserved_state
 from .ablation import ablation_scores
 from .agreement import agreement_scores
 from .fisher import fisher_scores
@@ -109,7 +109,7 @@ def localize_heads(
     geometry = ModelGeometry.of(model)
     counted = _Counted(batches)
     start = time.perf_counter()
-    with preserved_state(model):
+    with preserved_state(model), autocast_without_cache(model):
         values = _METHODS[method](model, geometry, counted, seed)
     seconds = time.perf_counter() - start
 

@@ -64,14 +64,11 @@ def proxy_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[Ba
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.copy_(masters[name])
-            # an autocast around this keeps low-precision copies of the weights, which do not move with them
-            torch.clear_autocast_cache()
             steps += 1
     finally:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(before[name])
-        torch.clear_autocast_cache()
     if not steps:
         raise nothing_counts()
 

@@ -63,7 +63,6 @@ def trained_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[
                 with torch.no_grad():
                     for name, parameter in own.items():
                         parameter.copy_(originals[name])
-                torch.clear_autocast_cache()
         for parameter in own.values():
             parameter.requires_grad = False
         scores[layer] = torch.tensor(gains, dtype=torch.float64)
@@ -94,8 +93,6 @@ def _halves(batches: Iterable[Batch], model: nn.Module) -> tuple[list[Batch], li
 @torch.no_grad()
 def _mean_loss(model: nn.Module, batches: list[Batch]) -> float:
     losses = torch.cat([sample_losses(model, batch).double() for batch in batches])
-    # what autocast cached without gradients is of no use to a pass with gradients
-    torch.clear_autocast_cache()
     return float(losses.mean())
 
 
@@ -124,5 +121,3 @@ def _train(
         with torch.no_grad():
             for role, view in views.items():
                 view.copy_(masters[role])
-        # an autocast around this keeps low-precision copies of the weights, which do not move with them
-        torch.clear_autocast_cache()

@@ -6,6 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .samples import Samples
+from .scoring import ScoringContext
+
 
 def mean_losses(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """
@@ -28,3 +31,11 @@ def label_losses(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Ten
     """The mean cross-entropy over each row's labels other than -100: shape (B,), float32; logits are not shifted."""
     losses = functional.cross_entropy(logits_BTV.transpose(1, 2), labels_BT, reduction="none", ignore_index=-100)
     return losses.sum(1) / (labels_BT != -100).sum(1)
+
+
+def losses_of(context: ScoringContext, samples: Samples) -> torch.Tensor:
+    """The mean loss of each sample, in one forward pass: shape (len(samples),), float32, nats a token, on the CPU."""
+    losses = torch.empty(len(samples))
+    for indices, batch in context.batches(samples):
+        losses[indices] = mean_losses(context.model, batch).cpu()
+    return losses

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
-from .losses import mean_losses
+from .losses import losses_of
 from .samples import Samples
 from .scoring import RowScores, Scorer, ScoreRows, ScoringContext
 
@@ -23,10 +21,7 @@ def perplexity(context: ScoringContext) -> Iterator[ScoreRows]:
     """
 
     def score(samples: Samples) -> RowScores:
-        scores = torch.empty(len(samples))
-        for indices, batch in context.batches(samples):
-            scores[indices] = mean_losses(context.model, batch).cpu()
-        return RowScores(scores)
+        return RowScores(losses_of(context, samples))
 
     yield score
 

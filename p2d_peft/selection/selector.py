@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from ..heads import HeadSet, ModelGeometry
-from . import affinity, icl, perplexity, random
+from . import affinity, bm25, gradient, icl, ifd, influence, length, less, perplexity, random, rds
 from .engine import PoolScores, ScoringEngine
 from .policies import Policy, Ranking
 from .pool import kept_rows, ranked, rows_of
@@ -24,13 +24,27 @@ from .scoring import Scorer
 
 logger = logging.getLogger(__name__)
 
-ScorerName = Literal["affinity", "icl", "perplexity", "random"]
+ScorerName = Literal[
+    "affinity", "bm25", "gradient", "icl", "ifd", "influence", "length", "less", "perplexity", "random", "rds"
+]
 _SCORERS: dict[str, Scorer] = {
     "affinity": affinity.SCORER,
+    "bm25": bm25.SCORER,
+    "gradient": gradient.SCORER,
     "icl": icl.SCORER,
+    "ifd": ifd.SCORER,
+    "influence": influence.SCORER,
+    "length": length.SCORER,
+    "less": less.SCORER,
     "perplexity": perplexity.SCORER,
     "random": random.SCORER,
+    "rds": rds.SCORER,
 }
+
+
+def needs_heads(scorer: ScorerName) -> bool:
+    """Whether a scorer needs the selected heads."""
+    return _SCORERS[scorer].needs_heads
 
 
 class P2DDataSelector:
@@ -46,15 +60,29 @@ class P2DDataSelector:
         processing_class (`PreTrainedTokenizerBase`):
             Its tokenizer.
         heads (`HeadSet`, *optional*):
-            The selected heads, as `localize_heads(...).top(0.1)` gives them. Needed by `affinity` and `icl`.
+            The selected heads, as `localize_heads(...).top(0.1)` gives them. Needed by `affinity`,
+            `icl`, `influence` and `gradient`; any other set of heads will do, too.
         target (`Dataset`, *optional*):
-            A few samples of the task, of any type that a pool may have. Needed by `affinity` and `icl`.
+            A few samples of the task, of any type that a pool may have. Needed by `affinity`, `icl`, `gradient`,
+            `less`, `rds` and `bm25`.
         scorer (`str`, *optional*, defaults to `"affinity"`):
             - `"affinity"`: pooled outputs of the selected heads against the target's; part of one forward pass;
             - `"icl"`: the paper's, attention of the selected heads to the sample as a demonstration, weighted by the
               likelihood of the target's answers;
+            - `"influence"`: how much the loss grows without the selected heads; two forward passes;
+            - `"gradient"`: the loss's gradients in the selected heads against the target's; a forward pass and the part
+              of a backward pass down to the lowest of them;
+            - `"less"`: LESS, the gradients of a LoRA adapter after a short training with it against the target's; the
+              expensive rival;
+            - `"rds"`: RDS+, the last hidden states against the target's; one forward pass;
+            - `"ifd"`: instruction-following difficulty, how little the prompt helps with the answer; two forward passes.
+              With a smaller model and its tokenizer it is Superfiltering;
+            - `"bm25"`: rare tokens shared with the target; the model is not run. Needs `pip install 'p2d_peft[bm25]'`;
             - `"perplexity"`: the hardest samples; a control;
+            - `"length"`: the longest answers; a control;
             - `"random"`: a seeded draw; the control.
+
+            What each computes, and where it comes from, is in the docs (`docs/selection.md`).
         ratio (`float`, *optional*):
             Share of the pool's rows to keep, in (0, 1]; rounded, at least one row. 0.1, the paper's, if none of `ratio`,
             `num_samples` and `max_tokens` is given.

@@ -48,8 +48,8 @@ def similarity_to_target(
             if row in known:
                 found[index] = known[row]
         found -= centre
-        return RowScores(
-            functional.cosine_similarity(found, mean[None], dim=1), functional.normalize(found, dim=1) @ each.T, found
-        )
+        with torch.autocast("cpu", enabled=False):  # also where the model runs on the CPU in a lower precision
+            per_target = functional.normalize(found, dim=1) @ each.T
+        return RowScores(functional.cosine_similarity(found, mean[None], dim=1), per_target, found)
 
     return score

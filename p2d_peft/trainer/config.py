@@ -28,7 +28,8 @@ class P2DConfig(SFTConfig):
         data_ratio (`float`, *optional*, defaults to `0.1`):
             Share of the rows of `train_dataset` to train on, in (0, 1]. The paper takes 10 %.
         scorer (`str`, *optional*, defaults to `"affinity"`):
-            How rows are scored: `"affinity"`, `"icl"`, `"perplexity"` or `"random"`; see [`P2DDataSelector`].
+            How rows are scored: `"affinity"`, `"icl"` (the paper's), `"influence"`, `"gradient"`, `"less"`, `"rds"`,
+            `"ifd"`, `"bm25"`, `"perplexity"`, `"length"` or `"random"`; see [`P2DDataSelector`].
         target_samples (`int`, *optional*, defaults to `100`):
             How many samples of the task localizing and selecting look at: at most so many of `target_dataset`, or, where
             there is none, so many rows drawn from `train_dataset`.
@@ -65,7 +66,10 @@ class P2DConfig(SFTConfig):
     )
     scorer: ScorerName = field(
         default="affinity",
-        metadata={"help": "How rows are scored."},
+        metadata={
+            "help": "How rows are scored: by the selected heads (affinity, icl, influence, gradient), by other methods "
+            "(less, rds, ifd, bm25) or by controls (perplexity, length, random)."
+        },
     )
     target_samples: int = field(
         default=100,

@@ -25,6 +25,7 @@ from ..report import P2DReport
 from ..report.run_report import REPORT_NAME
 from ..selection import P2DDataSelector
 from ..selection.pool import kept_rows
+from ..selection.selector import needs_heads
 from ..tuners import HeadSparseConfig
 from .config import P2DConfig
 from .reference import count_tokens, find_reference, training_batches
@@ -217,8 +218,8 @@ class P2DTrainer(SFTTrainer):
         target = target.shuffle(seed=args.seed).select(range(min(args.target_samples, len(target))))
         heads, method = self.heads, None
         with self.accelerator.autocast():
-            needs_heads = self._head_sparse_config is not None or args.scorer in ("affinity", "icl")
-            if heads is None and needs_heads:
+            with_heads = self._head_sparse_config is not None or needs_heads(args.scorer)
+            if heads is None and with_heads:
                 method = args.localize_method
                 with self._clock.stage("localize"):
                     self.head_scores = localize_heads(

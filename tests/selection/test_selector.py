@@ -1,35 +1,54 @@
 import math
+from typing import get_args
 
 import pytest
 import torch
 from datasets import Dataset
 from trl import SFTConfig
 
-from p2d_peft.heads import HeadSet
-from p2d_peft.selection import P2DDataSelector
+from p2d_peft.heads import HeadSet, ModelGeometry, localize_heads
+from p2d_peft.selection import P2DDataSelector, engine, less
+from p2d_peft.selection.selector import ScorerName, needs_heads
 
 from ..model_checks import assert_unchanged, mixed_state, snapshot
 from ..tiny_data import KINDS, prompt_completion, rows, text
-from ..tiny_models import ARCHITECTURES, FEW, LAYOUTS, tiny_model, tiny_tokenizer
+from ..tiny_models import ARCHITECTURES, FEW, LAYOUTS, random_batch, tiny_model, tiny_tokenizer
 
 
 HEADS = HeadSet([(0, 1), (1, 0), (1, 3)])
-SCORERS = ("affinity", "icl", "perplexity", "random")
+BY_HEADS = ("affinity", "gradient", "icl", "influence")
+WITHOUT_MODEL = ("bm25", "length", "random")
+WITH_MODEL = (*BY_HEADS, "ifd", "less", "perplexity", "rds")
+SCORERS = (*WITH_MODEL, *WITHOUT_MODEL)
+# `ifd` is for rows with a prompt
+KINDS_BY_SCORER = [
+    (kind, scorer) for scorer in SCORERS for kind in KINDS if scorer != "ifd" or kind not in ("text", "conversational")
+]
 
 
-def selector(model=None, scorer="affinity", target=None, **kwargs):
+@pytest.fixture(autouse=True)
+def _cheap_less(monkeypatch):
+    for name, value in (("RANK", 2), ("N_EPOCHS", 1), ("N_FEATURES", 512)):
+        monkeypatch.setattr(less, name, value)
+
+
+def selector(model=None, scorer="affinity", target=None, heads=HEADS, **kwargs):
     return P2DDataSelector(
         tiny_model() if model is None else model,
         tiny_tokenizer(),
-        heads=HEADS,
+        heads=heads,
         target=prompt_completion(4, seed=1) if target is None else target,
         scorer=scorer,
         **kwargs,
     )
 
 
-@pytest.mark.parametrize("scorer", SCORERS)
-@pytest.mark.parametrize("kind", KINDS)
+def test_every_scorer_is_tested_here_and_tells_whether_it_needs_heads():
+    assert sorted(SCORERS) == list(get_args(ScorerName))
+    assert [scorer for scorer in get_args(ScorerName) if needs_heads(scorer)] == list(BY_HEADS)
+
+
+@pytest.mark.parametrize(("kind", "scorer"), KINDS_BY_SCORER)
 def test_selects_from_all_that_sft_trainer_takes(kind, scorer):
     pool = KINDS[kind]()
     selected = selector(scorer=scorer, target=KINDS[kind](4, seed=1), ratio=0.25).select(pool)
@@ -42,18 +61,22 @@ def test_selects_from_all_that_sft_trainer_takes(kind, scorer):
     assert selected["p2d_score"][:] == scores[best].tolist()
 
 
-@pytest.mark.parametrize("scorer", SCORERS)
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "gemma2"])
+@pytest.mark.parametrize(
+    ("name", "scorer"),
+    [(name, scorer) for name in ARCHITECTURES if name != "gemma2" for scorer in (*BY_HEADS, "perplexity")]
+    + [(name, scorer) for name in FEW for scorer in ("less", "rds")]
+    + [("llama", scorer) for scorer in ("ifd", *WITHOUT_MODEL)],
+)
 def test_works_on_every_architecture_and_leaves_the_model_alone(name, scorer):
     # a window that reaches back to the demonstrations of `icl`
     model = mixed_state(tiny_model(name, sliding_window=256))
     before = snapshot(model)
     scores = selector(model, scorer=scorer).score(prompt_completion())
     assert_unchanged(model, before)
-    assert scores.isfinite().all() and len(scores.unique()) > 12
+    assert scores.isfinite().all() and len(scores.unique()) > (4 if scorer == "length" else 12)
 
 
-@pytest.mark.parametrize("scorer", ["affinity", "icl", "perplexity"])
+@pytest.mark.parametrize("scorer", WITH_MODEL)
 def test_the_model_is_left_alone_when_a_pass_raises(scorer):
     model = mixed_state(tiny_model())
     calls = []
@@ -94,10 +117,29 @@ def test_another_seed_gives_other_random_rows():
     assert a != b
 
 
-@pytest.mark.parametrize("scorer", ["affinity", "perplexity"])
+# `less` trains in batches
+@pytest.mark.parametrize("scorer", ["affinity", "gradient", "ifd", "influence", "perplexity", "rds"])
 def test_scores_do_not_depend_on_the_batch_size(scorer):
     scores = [selector(scorer=scorer, batch_size=size).score(prompt_completion()) for size in (1, 7)]
     torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-5)
+
+
+# `icl` puts neighbours together, and `random` draws by shard
+@pytest.mark.parametrize("scorer", [scorer for scorer in SCORERS if scorer not in ("icl", "random")])
+def test_scores_do_not_depend_on_the_shards(scorer, monkeypatch):
+    whole = selector(scorer=scorer).score(prompt_completion())
+    monkeypatch.setattr(engine, "SHARD_ROWS", 10)
+    torch.testing.assert_close(selector(scorer=scorer).score(prompt_completion()), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scorer", BY_HEADS)
+def test_all_heads_and_random_heads_score_too(scorer):
+    model, pool = tiny_model(), prompt_completion()
+    every = ModelGeometry.of(model).heads
+    drawn = localize_heads(model, [random_batch()], method="random").top(0.25)
+    scores = [selector(model, scorer=scorer, heads=heads).score(pool) for heads in (HEADS, every, drawn)]
+    assert all(found.isfinite().all() for found in scores)
+    assert len({tuple(found.tolist()) for found in scores}) == 3
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -207,7 +249,7 @@ def test_an_earlier_score_is_replaced():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"scorer": "magic"}, r"`scorer` must be one of 'affinity', 'icl', 'perplexity', 'random', got 'magic'"),
+        ({"scorer": "magic"}, r"`scorer` must be one of 'affinity', 'bm25', .*, 'rds', got 'magic'"),
         (
             {"ratio": 0.1, "num_samples": 3},
             r"only one of `ratio`, `num_samples` and `max_tokens`, got {'ratio': 0\.1, 'num_samples': 3}",
@@ -236,7 +278,7 @@ def test_missing_heads_and_targets_are_named():
 
 def test_several_stacks_of_attention_are_refused():
     model = LAYOUTS["t5"].model()
-    for scorer in ("affinity", "icl"):
+    for scorer in BY_HEADS:
         with pytest.raises(ValueError, match=r"T5ForConditionalGeneration\) has several \(cross, decoder, encoder\)"):
             P2DDataSelector(model, tiny_tokenizer(), heads=HeadSet([("encoder.0", 1)]), target=text(), scorer=scorer)
 
@@ -252,7 +294,8 @@ def test_too_many_rows_and_nothing_to_learn_are_errors_before_any_pass():
             selector(model, scorer, args=args).select(prompt_completion())
 
 
-@pytest.mark.parametrize("scorer", ["affinity", "icl", "perplexity"])
+# prompts are what `ifd` needs
+@pytest.mark.parametrize("scorer", [scorer for scorer in WITH_MODEL if scorer != "ifd"])
 def test_scores_that_are_no_numbers_are_an_error_with_row_numbers(scorer):
     model = tiny_model()
     letter = tiny_tokenizer().convert_tokens_to_ids("q")

@@ -1,0 +1,58 @@
+"""The `rds` scorer: does a sample look like the target in the model's last hidden states?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from .samples import Samples
+from .scoring import Scorer, ScoreRows, ScoringContext
+from .similarity import similarity_to_target
+
+
+@contextmanager
+def rds(context: ScoringContext) -> Iterator[ScoreRows]:
+    """
+    Representation-based data selection, RDS+ (arXiv 2503.01807): cosine similarity of a sample's embedding with the
+    target's, the mean over its samples. One forward pass over pool and target, without the LM head.
+
+    The embedding is the mean over the last hidden states of all tokens, prompt and answer, where token `i` of `n` has
+    the weight `i / (1 + ... + n)`: later tokens have seen more.
+
+    RDS+ itself picks rows in turn for each of the target's samples; that is a policy on `per_target`, not a score.
+
+    Yields:
+        `ScoreRows`: scores in [-1, 1], float32.
+
+    Raises:
+        `ValueError`: if there is no transformers model in `model`.
+    """
+    # also that within a PeftModel, whose adapters are part of it
+    causal_lm = next((module for module in context.model.modules() if isinstance(module, PreTrainedModel)), None)
+    if causal_lm is None:
+        raise ValueError(
+            f"`scorer`='rds' needs a transformers model, but `model` is {type(context.model).__name__}; use 'affinity'."
+        )
+    without_head = causal_lm.base_model
+
+    def features(samples: Samples) -> torch.Tensor:
+        """Shape (samples, hidden size), float32, on the CPU."""
+        parts: dict[int, torch.Tensor] = {}
+        for indices, batch in context.batches(samples):
+            mask_BT = batch["attention_mask"]
+            hidden_BTE = without_head(
+                input_ids=batch["input_ids"], attention_mask=mask_BT, use_cache=False
+            ).last_hidden_state.float()
+            weights_BT = (mask_BT.cumsum(1) * mask_BT).to(hidden_BTE)
+            with torch.autocast(context.device.type, enabled=False):  # sums of many tokens want their digits
+                pooled_BE = torch.einsum("bte,bt->be", hidden_BTE, weights_BT / weights_BT.sum(1, keepdim=True))
+            parts.update(zip(indices, pooled_BE.cpu(), strict=True))
+        return torch.stack([parts[index] for index in range(len(samples))])
+
+    yield similarity_to_target(context, features, centred=False)
+
+
+SCORER = Scorer(rds, needs_heads=False, needs_target=True)
