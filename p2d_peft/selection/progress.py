@@ -41,9 +41,10 @@ class ScoringProgress:
             self._show(self._base + self._passed // self._passes)
 
     def end_shard(self, n_rows: int) -> None:
-        """A shard is done, with the rows that needed no pass."""
+        """A shard is done, with the rows that needed no pass. What is read until the next one does not count."""
         assert self._base is not None
         self._show(self._base + n_rows)
+        self._base = None
 
     def _show(self, n_rows: int) -> None:
         self._bar.update(n_rows - self._shown)
