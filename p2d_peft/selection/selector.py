@@ -193,9 +193,10 @@ class P2DDataSelector:
             `Dataset`: the kept rows in the pool's own columns and order, plus the column `p2d_score` (float64).
 
         Raises:
-            `ValueError`: if `num_samples` is larger than the pool, or as [`~P2DDataSelector.score`] does.
+            `ValueError`: if `num_samples` is larger than the pool, if `policies` or `max_tokens` leave no row, or as
+                [`~P2DDataSelector.score`] does.
         """
-        if isinstance(pool, Dataset):
+        if isinstance(pool, Dataset) and self.num_samples is not None:
             self._count(len(pool))  # before the expensive part
         scored = self._score(pool)
         rows = self._choose(pool, scored)

@@ -27,7 +27,7 @@ class RoundRobin(Policy):
         assert ranking.per_target is not None
         rows = list(rows)
         turns = min(ranking.wanted, len(rows))
-        ascending = torch.tensor(sorted(rows))
+        ascending = torch.tensor(sorted(rows), dtype=torch.int64)
         # a sample whose turn it is finds its row among its best `turns`, as no more than that are gone
         favourites = [
             iter(ascending[_best(of_target, turns)].tolist()) for of_target in ranking.per_target[ascending].T
