@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 
+from .progress import quiet_datasets
+
 
 SCORE_COLUMN = "p2d_score"
 
@@ -26,11 +28,11 @@ def in_memory(dataset: Dataset) -> Dataset:
 
 
 def rows_of(pool: Dataset | IterableDataset, rows: list[int]) -> Dataset:
-    """Some rows of a pool, given in ascending order. A stream is read up to the last of them."""
+    """Some rows of a pool, at least one, in ascending order. A stream is read up to the last of them."""
     if isinstance(pool, Dataset):
         return pool.select(rows)
     wanted = set(rows)
-    stream = islice(pool.with_format(None), rows[-1] + 1 if rows else 0)
+    stream = islice(pool.with_format(None), rows[-1] + 1)
     return dataset_of([row for index, row in enumerate(stream) if index in wanted], pool)
 
 
@@ -57,4 +59,5 @@ def kept_rows(kept: Dataset, scores: list[float]) -> Dataset:
     """Rows with their scores in the column `p2d_score`, which replaces that of an earlier selection."""
     if SCORE_COLUMN in kept.column_names:
         kept = kept.remove_columns(SCORE_COLUMN)
-    return kept.add_column(SCORE_COLUMN, scores)
+    with quiet_datasets():
+        return kept.add_column(SCORE_COLUMN, scores)

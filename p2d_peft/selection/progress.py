@@ -3,8 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils.logging import tqdm
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Context in which `datasets` shows no bars of its own: one for each step of each part would bury the scoring's."""
+    shown = not are_progress_bars_disabled()
+    if shown:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 class ScoringProgress:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
@@ -18,6 +17,7 @@ from trl.trainer import sft_trainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .pool import in_memory
+from .progress import quiet_datasets
 
 
 _ROW = "p2d_row"
@@ -194,17 +194,12 @@ def _unwatched() -> Iterator[None]:
     Context in which a dataset can be prepared in many parts by one process of several.
 
     `SFTTrainer` lets one process go first and fill a cache file for the others, which wait. Here nothing is written, and
-    with unlike numbers of parts they would wait for one another forever. And a progress bar for each step of each part
-    would bury the one of the scoring.
+    with unlike numbers of parts they would wait for one another forever.
     """
-    shown = not are_progress_bars_disabled()
     main_first = sft_trainer.global_then_local_main_first
     sft_trainer.global_then_local_main_first = nullcontext
-    if shown:
-        disable_progress_bars()
     try:
-        yield
+        with quiet_datasets():
+            yield
     finally:
         sft_trainer.global_then_local_main_first = main_first
-        if shown:
-            enable_progress_bars()
