@@ -38,7 +38,12 @@ def rows_of(pool: Dataset | IterableDataset, rows: list[int]) -> Dataset:
 
 def dataset_of(rows: list[dict[str, Any]], stream: IterableDataset) -> Dataset:
     """Rows of a stream as a dataset. What the stream does not say of its types is found out from the rows."""
-    return Dataset.from_list(rows, features=stream.features)
+    # `from_list` would take the first row's columns for all
+    names = stream.features or dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    if stream.features is not None:
+        return Dataset.from_dict(columns, features=stream.features)
+    return Dataset.from_dict(columns, on_mixed_types="use_json")
 
 
 def column_of(pool: Dataset | IterableDataset, name: str) -> list[Any]:

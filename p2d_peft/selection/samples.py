@@ -124,9 +124,10 @@ def prepare_samples(
     if dataset.cache_files:
         dataset = in_memory(dataset)
     preparer = _Preparer(processing_class, args, dataset[0])
-    numbered = dataset.remove_columns([c for c in dataset.column_names if c == _ROW]).add_column(
-        _ROW, list(range(len(dataset)))
-    )
+    with quiet_datasets():
+        numbered = dataset.remove_columns([c for c in dataset.column_names if c == _ROW]).add_column(
+            _ROW, list(range(len(dataset)))
+        )
     prepared = preparer.prepare(numbered, formatting_func, name)
     prepared = prepared.select_columns([_ROW, "input_ids", "labels"]).with_format(None)[:]
     samples = Samples([], [], [], n_rows=len(dataset), n_truncated=0, pad_token_id=preparer.pad_token_id)
@@ -184,12 +185,12 @@ class _Preparer(SFTTrainer):
         return next(token_id for token_id in ids if token_id is not None)
 
     def prepare(self, dataset: Dataset, formatting_func: Callable[[dict[str, Any]], str] | None, name: str) -> Dataset:
-        with _unwatched():
+        with _in_parts():
             return self._prepare_dataset(dataset, self._tokenizer, self._args, False, formatting_func, name)
 
 
 @contextmanager
-def _unwatched() -> Iterator[None]:
+def _in_parts() -> Iterator[None]:
     """
     Context in which a dataset can be prepared in many parts by one process of several.
 

@@ -1,8 +1,3 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -104,24 +99,3 @@ def test_what_a_quantized_layer_saves_beside_its_weights_counts():
 
     assert model_fingerprint(Quantized(1.0)) == model_fingerprint(Quantized(1.0))
     assert model_fingerprint(Quantized(1.0)) != model_fingerprint(Quantized(2.0))
-
-
-@pytest.mark.slow
-def test_another_process_finds_the_same():
-    code = """
-from datasets.fingerprint import Hasher
-from peft import LoraConfig, get_peft_model
-from p2d_peft.selection.fingerprint import model_fingerprint
-from tests.tiny_models import tiny_model, tiny_tokenizer
-lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj", "o_proj", "k_proj", "up_proj"], init_lora_weights=True)
-tokenizer = tiny_tokenizer()
-tokenizer(["a", "bcd"], padding=True)
-print(model_fingerprint(tiny_model()), model_fingerprint(get_peft_model(tiny_model(), lora)), Hasher.hash(tokenizer))
-"""
-    root = Path(__file__).parent.parent.parent
-    environment = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": str(root)}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root)
-    assert run.returncode == 0, run.stderr
-    namespace = {}
-    exec(code.replace("print(", "found = ("), namespace)
-    assert run.stdout.splitlines()[-1] == " ".join(namespace["found"])
