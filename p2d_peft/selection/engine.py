@@ -68,6 +68,7 @@ class ScoringEngine:
         model, processing_class, args, formatting_func, heads, batch_size, seed, cache_dir: As in [`P2DDataSelector`].
         target (`Dataset`, *optional*): The samples of the task.
         per_target (`bool`): Whether the scores for each of the target's samples are wanted.
+        with_features (`bool`): Whether there will be a need for features, so that a scorer without them fails early.
     """
 
     name: str
@@ -82,26 +83,33 @@ class ScoringEngine:
     seed: int
     cache_dir: Path | None
     per_target: bool
+    with_features: bool
 
     def score(self, pool: Dataset | IterableDataset) -> PoolScores:
         """Score every row of a pool; for what is raised see [`P2DDataSelector.score`]."""
         start = time.perf_counter()
+        if not isinstance(pool, Dataset | IterableDataset):
+            raise TypeError(
+                f"`pool` must be a `datasets.Dataset` or `datasets.IterableDataset`, got {type(pool).__name__}."
+            )
         target, sample = self._target(), self._sample(pool)
         process, n_processes = _process()
         store = None
         if self.cache_dir is not None:
             store = ShardStore(self.cache_dir, self._fingerprint(sample, target))
-        total = len(pool) if isinstance(pool, Dataset) else None
-        progress = ScoringProgress(
-            f"Scoring pool ({self.name})", total and total // n_processes, self.scorer.passes, process == 0
-        )
+        size = None if self.scorer.whole_pool else SHARD_ROWS
+        total = None
+        if isinstance(pool, Dataset):
+            step = size or max(len(pool), 1)
+            total = sum(min(step, len(pool) - row) for row in range(process * step, len(pool), n_processes * step))
+        progress = ScoringProgress(f"Scoring pool ({self.name})", total, self.scorer.passes, process == 0)
         done: list[ScoredShard] = []
         n_resumed = 0
         try:
             # opened only where there is something to score
             with ExitStack() as stack:
                 score_rows: ScoreRows | None = None
-                for shard in shards_of(pool, None if self.scorer.whole_pool else SHARD_ROWS):
+                for shard in shards_of(pool, size):
                     if shard.index % n_processes != process:
                         continue
                     scored = store.load(shard) if store is not None else None
@@ -117,6 +125,15 @@ class ScoringEngine:
                             store.save(shard, scored)
                     progress.end_shard(len(shard.rows))
                     done.append(scored)
+        except BaseException:
+            if self.cache_dir is not None and done:
+                logger.warning(
+                    "Scoring stopped. The scores of %d rows are in '%s'; run the same again with this `cache_dir` to go "
+                    "on from there.",
+                    sum(len(scored.scores) for scored in done),
+                    self.cache_dir,
+                )
+            raise
         finally:
             progress.close()
         if n_processes > 1:
@@ -137,6 +154,8 @@ class ScoringEngine:
             # what is not finite is told from what does not count by its length
             scores[places] = found.scores.double()
             n_tokens[places] = torch.tensor([len(ids) for ids in samples.input_ids], dtype=torch.int32)
+            if self.with_features and found.features is None:
+                raise ValueError(self._no_features())
             if self.per_target:
                 if found.per_target is None:
                     raise ValueError(
@@ -166,6 +185,8 @@ class ScoringEngine:
             if parts
             else None
         )
+        if not len(scores):
+            raise ValueError("`pool` has no rows.")
         counted = n_tokens > 0
         report = ScoringReport(
             n_rows=len(scores),
@@ -211,9 +232,7 @@ class ScoringEngine:
         with self._open(self._sample(pool), self._target()) as score_rows:
             features = score_rows(samples).features
         if features is None:
-            raise ValueError(
-                f"`policies` need features of rows, which `scorer`={self.name!r} does not have; use 'affinity'."
-            )
+            raise ValueError(self._no_features())
         place = {row: index for index, row in enumerate(samples.rows)}
         return features[[place[row] for row in rows]]
 
@@ -295,15 +314,21 @@ class ScoringEngine:
         Returns:
             [`ScoringEstimate`]
         """
+        if not isinstance(pool, Dataset):
+            raise TypeError(f"`pool` must be a `datasets.Dataset` to forecast, got {type(pool).__name__}.")
+        if not len(pool):
+            raise ValueError("`pool` has no rows.")
         start = time.perf_counter()
         target, sample = self._target(), self._sample(pool)
         drawn = self._draw(len(pool))[SAMPLE_ROWS if self.scorer.needs_sample else 0 :]
         rows = sorted(drawn[: ESTIMATE_BATCHES * self.batch_size])
-        samples = self.prepare(pool.select(rows), "pool", rows) if rows else None
+        samples = None
         with self._open(sample, target) as score_rows:
             opened = time.perf_counter()
-            if samples is not None and len(samples):
-                score_rows(samples)
+            if rows:  # the sample's are scored by now
+                samples = self.prepare(pool.select(rows), "pool", rows)
+                if len(samples):
+                    score_rows(samples)
             end = time.perf_counter()
         share = len(drawn) / len(rows) if rows else 0
         return ScoringEstimate(
@@ -316,6 +341,9 @@ class ScoringEngine:
 
     def prepare(self, dataset: Dataset, name: str, rows: int | list[int] = 0) -> Samples:
         return prepare_samples(dataset, self.processing_class, self.args, self.formatting_func, name, rows)
+
+    def _no_features(self) -> str:
+        return f"`policies` need features of rows, which `scorer`={self.name!r} does not have; use 'affinity'."
 
     def _nothing_counts(self, name: str) -> str:
         return (

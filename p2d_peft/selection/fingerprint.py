@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from typing import Any
 
 import torch
 from datasets.fingerprint import Hasher
+from peft import PeftModel
 from torch import nn
+from transformers import PretrainedConfig
 from trl import SFTConfig
 
 from ..model_state import model_device
@@ -29,25 +33,50 @@ _ARGUMENTS = (
 
 def model_fingerprint(model: nn.Module) -> str:
     """
-    A checksum of all weights and buffers by name, of their exact values; and of the adapters in use.
+    A checksum of all weights and buffers by name, of their exact values; and of the settings of the model and of its
+    adapters, where it has such.
 
     The sums are made where the tensors are, at the speed of their memory.
     """
-    sums: list[Any] = [type(model).__name__, str(getattr(model, "active_adapters", None))]
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    # beside those, what a quantized layer needs to make sense of its weights; tied weights have other names there
+    known = {tensor.data_ptr() for tensor in named.values()}
+    for name, value in model.state_dict().items():
+        if isinstance(value, torch.Tensor) and name not in named and value.data_ptr() not in known:
+            named[name] = value
+    sums: list[Any] = [type(model).__name__, *_settings(model)]
+    for name, tensor in sorted(named.items()):
         values = tensor.detach().contiguous().flatten().view(torch.uint8)
         # whole words where possible, weighted by their place: a permutation of the weights is another model
         words = values.view(torch.int32) if len(values) % 4 == 0 and values.storage_offset() % 4 == 0 else values
+        # words that a CPU keeps in its cache, and enough of them to keep a GPU busy
+        chunk = 1 << (16 if words.device.type == "cpu" else 22)
+        weights = torch.arange(1, min(chunk, len(words)) + 1, device=words.device)
         total = 0
-        for start in range(0, len(words), _CHUNK):
-            part = words[start : start + _CHUNK].to(torch.int64)
-            weights = torch.arange(1, len(part) + 1, device=part.device)
-            total = (total * 1_000_003 + int((part * weights).sum())) % 2**63
+        for start in range(0, len(words), chunk):
+            part = words[start : start + chunk]
+            # in int64 no product overflows, so that no change of a single weight is lost
+            total = (total * 1_000_003 + int((part * weights[: len(part)]).sum())) % 2**63
         sums.append((name, str(tensor.dtype), tuple(tensor.shape), total))
-    return str(Hasher.hash(sums))
+    return hashlib.sha256(repr(sums).encode()).hexdigest()[:16]
 
 
-_CHUNK = 1 << 22
+def _settings(model: nn.Module) -> list[str]:
+    """What a model does with its weights, as far as it says so; not where they came from."""
+    config = getattr(model, "config", None)
+    parts = [config.to_dict()] if isinstance(config, PretrainedConfig) else []
+    if isinstance(model, PeftModel):
+        parts += [{"adapter": name, **vars(model.peft_config[name])} for name in model.active_adapters]
+    origins = ("_name_or_path", "architectures", "transformers_version", "base_model_name_or_path", "inference_mode")
+    return [
+        json.dumps({str(key): value for key, value in part.items() if key not in origins}, default=_text)
+        for part in parts
+    ]
+
+
+def _text(value: Any) -> str:
+    # the order of a set differs from process to process
+    return str(sorted(map(str, value)) if isinstance(value, set | frozenset) else value)
 
 
 def run_fingerprint(

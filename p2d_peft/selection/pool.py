@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from itertools import islice
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+
+from .progress import quiet_datasets
 
 
 SCORE_COLUMN = "p2d_score"
@@ -18,20 +21,51 @@ def ranked(scores: torch.Tensor) -> list[int]:
     return order[:n_scored]
 
 
+def in_memory(dataset: Dataset) -> Dataset:
+    """A copy in memory. What is made of it stays there, too, and is not written to a cache beside the dataset's files."""
+    plain = dataset.with_format(None)
+    return Dataset.from_dict(plain[:], features=plain.features)
+
+
 def rows_of(pool: Dataset | IterableDataset, rows: list[int]) -> Dataset:
-    """Some rows of a pool, given in ascending order. A stream is read up to the last of them."""
+    """Some rows of a pool, at least one, in ascending order. A stream is read up to the last of them."""
     if isinstance(pool, Dataset):
         return pool.select(rows)
     wanted = set(rows)
-    found = [row for index, row in enumerate(islice(pool, rows[-1] + 1 if rows else 0)) if index in wanted]
-    return Dataset.from_list(found, features=pool.features)
+    stream = islice(pool.with_format(None), rows[-1] + 1)
+    return dataset_of([row for index, row in enumerate(stream) if index in wanted], pool)
+
+
+def dataset_of(rows: list[dict[str, Any]], stream: IterableDataset) -> Dataset:
+    """Rows of a stream as a dataset. What the stream does not say of its types is found out from the rows."""
+    # `from_list` would take the first row's columns for all
+    names = stream.features or dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    if stream.features is not None:
+        return Dataset.from_dict(columns, features=stream.features)
+    return Dataset.from_dict(columns, on_mixed_types="use_json")
+
+
+def column_of(pool: Dataset | IterableDataset, name: str) -> list[Any]:
+    """The values of a column in all rows of a pool. Of a stream without a schema, None where a row lacks it."""
+    names = pool.column_names
+    if names is not None and name not in names:
+        raise ValueError(f"`pool` has no column {name!r}, only {names}.")
+    if isinstance(pool, Dataset):
+        values: list[Any] = pool.with_format(None)[name][:]
+        return values
+    values = [row.get(name) for row in pool.with_format(None)]
+    if all(value is None for value in values):
+        raise ValueError(f"`pool` has no value in the column {name!r}.")
+    return values
 
 
 def kept_rows(kept: Dataset, scores: list[float]) -> Dataset:
     """Rows with their scores in the column `p2d_score`, which replaces that of an earlier selection."""
     if SCORE_COLUMN in kept.column_names:
         kept = kept.remove_columns(SCORE_COLUMN)
-    return kept.add_column(SCORE_COLUMN, scores)
+    with quiet_datasets():
+        return kept.add_column(SCORE_COLUMN, scores)
 
 
 def extremes(pool: Dataset, scores: torch.Tensor, n: int = 10) -> Dataset:

@@ -3,8 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils.logging import tqdm
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Context in which `datasets` shows no bars of its own: one for each step of each part would bury the scoring's."""
+    shown = not are_progress_bars_disabled()
+    if shown:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 class ScoringProgress:
@@ -41,9 +57,10 @@ class ScoringProgress:
             self._show(self._base + self._passed // self._passes)
 
     def end_shard(self, n_rows: int) -> None:
-        """A shard is done, with the rows that needed no pass."""
+        """A shard is done, with the rows that needed no pass. What is read until the next one does not count."""
         assert self._base is not None
         self._show(self._base + n_rows)
+        self._base = None
 
     def _show(self, n_rows: int) -> None:
         self._bar.update(n_rows - self._shown)

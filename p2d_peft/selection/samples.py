@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,11 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.trainer import sft_trainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from .pool import in_memory
+from .progress import quiet_datasets
 
 
 _ROW = "p2d_row"
@@ -116,10 +121,13 @@ def prepare_samples(
             f"`{name}` has the columns {dataset.column_names}; SFTTrainer needs one of {sorted(known)}, or a "
             "`formatting_func`."
         )
+    if dataset.cache_files:
+        dataset = in_memory(dataset)
     preparer = _Preparer(processing_class, args, dataset[0])
-    numbered = dataset.remove_columns([c for c in dataset.column_names if c == _ROW]).add_column(
-        _ROW, list(range(len(dataset)))
-    )
+    with quiet_datasets():
+        numbered = dataset.remove_columns([c for c in dataset.column_names if c == _ROW]).add_column(
+            _ROW, list(range(len(dataset)))
+        )
     prepared = preparer.prepare(numbered, formatting_func, name)
     prepared = prepared.select_columns([_ROW, "input_ids", "labels"]).with_format(None)[:]
     samples = Samples([], [], [], n_rows=len(dataset), n_truncated=0, pad_token_id=preparer.pad_token_id)
@@ -177,4 +185,22 @@ class _Preparer(SFTTrainer):
         return next(token_id for token_id in ids if token_id is not None)
 
     def prepare(self, dataset: Dataset, formatting_func: Callable[[dict[str, Any]], str] | None, name: str) -> Dataset:
-        return self._prepare_dataset(dataset, self._tokenizer, self._args, False, formatting_func, name)
+        with _in_parts():
+            return self._prepare_dataset(dataset, self._tokenizer, self._args, False, formatting_func, name)
+
+
+@contextmanager
+def _in_parts() -> Iterator[None]:
+    """
+    Context in which a dataset can be prepared in many parts by one process of several.
+
+    `SFTTrainer` lets one process go first and fill a cache file for the others, which wait. Here nothing is written, and
+    with unlike numbers of parts they would wait for one another forever.
+    """
+    main_first = sft_trainer.global_then_local_main_first
+    sft_trainer.global_then_local_main_first = nullcontext
+    try:
+        with quiet_datasets():
+            yield
+    finally:
+        sft_trainer.global_then_local_main_first = main_first

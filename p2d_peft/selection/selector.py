@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from ..heads import HeadSet, ModelGeometry
 from . import affinity, bm25, gradient, icl, ifd, influence, length, less, perplexity, random, rds
 from .engine import PoolScores, ScoringEngine
 from .policies import Policy, Ranking
-from .pool import kept_rows, ranked, rows_of
+from .pool import column_of, kept_rows, ranked, rows_of
 from .report import ScoringEstimate, ScoringReport
 from .scoring import Scorer
 
@@ -191,6 +192,7 @@ class P2DDataSelector:
             seed=seed,
             cache_dir=None if cache_dir is None else Path(cache_dir),
             per_target=any(policy.needs_per_target for policy in self.policies),
+            with_features=any(policy.needs_features for policy in self.policies),
         )
 
     def score(self, pool: Dataset | IterableDataset) -> torch.Tensor:
@@ -223,9 +225,10 @@ class P2DDataSelector:
             `Dataset`: the kept rows in the pool's own columns and order, plus the column `p2d_score` (float64).
 
         Raises:
-            `ValueError`: if `num_samples` is larger than the pool, or as [`~P2DDataSelector.score`] does.
+            `ValueError`: if `num_samples` is larger than the pool, if `policies` or `max_tokens` leave no row, or as
+                [`~P2DDataSelector.score`] does.
         """
-        if isinstance(pool, Dataset):
+        if isinstance(pool, Dataset) and self.num_samples is not None:
             self._count(len(pool))  # before the expensive part
         scored = self._score(pool)
         self.rows = rows = self._choose(pool, scored)
@@ -269,28 +272,28 @@ class P2DDataSelector:
         else:
             mean = float(scored.n_tokens[scored.n_tokens > 0].double().mean())
             wanted = min(n_rows, max(1, round(self.max_tokens / mean)))
-        rows = ranked(scored.scores)
         ranking = Ranking(
             scores=scored.scores,
             n_tokens=scored.n_tokens,
             wanted=wanted,
             seed=self.engine.seed,
-            column=lambda name, chosen: rows_of(pool, list(chosen)).with_format(None)[name][:],
+            column=lambda name: column_of(pool, name),
             samples=lambda chosen: self.engine.prepare(rows_of(pool, sorted(chosen)), "pool", sorted(chosen)),
             features=lambda chosen: self.engine.features(pool, list(chosen)),
             per_target=scored.per_target,
         )
+        rows: Iterable[int] = ranked(scored.scores)
         for policy in self.policies:
             rows = policy(rows, ranking)
         if self.max_tokens is None:
-            if len(rows) < wanted:
-                logger.warning("The policies left %d rows; %d were asked for.", len(rows), wanted)
-            return sorted(rows[:wanted])
-        kept, left = [], self.max_tokens
-        for row in rows:
-            if scored.n_tokens[row] <= left:  # a shorter one further down may still fit
-                kept.append(row)
-                left -= int(scored.n_tokens[row])
+            kept = list(islice(rows, wanted))
+            if len(kept) < wanted:
+                logger.warning("The policies left %d rows; %d were asked for.", len(kept), wanted)
+        else:
+            kept = _fitting(rows, scored.n_tokens.tolist(), self.max_tokens)
+        if not kept:
+            limit = "" if self.max_tokens is None else f" within `max_tokens`={self.max_tokens}"
+            raise ValueError(f"No row is left{limit} after {len(self.policies)} `policies`; loosen them.")
         return sorted(kept)
 
     def _count(self, n_rows: int) -> int:
@@ -300,3 +303,16 @@ class P2DDataSelector:
         if self.num_samples > n_rows:
             raise ValueError(f"`num_samples`={self.num_samples} is more than the {n_rows} rows of the pool.")
         return self.num_samples
+
+
+def _fitting(rows: Iterable[int], n_tokens: list[int], max_tokens: int) -> list[int]:
+    """The first rows that fit into a budget of tokens together; one that is too long leaves its place to the next."""
+    shortest = min(length for length in n_tokens if length)
+    kept, left = [], max_tokens
+    for row in rows:
+        if n_tokens[row] <= left:
+            kept.append(row)
+            left -= n_tokens[row]
+        if left < shortest:
+            break
+    return kept

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +17,10 @@ from datasets.fingerprint import Hasher
 from pyarrow import feather
 
 from ..files import write_json
+from .pool import dataset_of, in_memory
 
+
+logger = logging.getLogger(__name__)
 
 # Rows of a shard: many enough to find rows of like length for a batch, few enough to lose little by a crash. Scores of
 # scorers that put samples together depend on it.
@@ -47,17 +52,14 @@ def shards_of(pool: Dataset | IterableDataset, size: int | None = SHARD_ROWS) ->
         size (`int` or `None`): Rows of a shard; `None` takes the whole pool as one.
     """
     if isinstance(pool, Dataset):
-        plain = pool.with_format(None)
-        for index, start in enumerate(range(0, len(pool), size or len(pool))):
-            chosen = range(start, min(start + (size or len(pool)), len(pool)))
-            # a copy in memory: what is made of the rows is then kept in memory, too, and not in files of a cache
-            yield Shard(index, start, Dataset.from_dict(plain[chosen.start : chosen.stop], features=pool.features))
+        size = size or max(len(pool), 1)
+        for index, start in enumerate(range(0, len(pool), size)):
+            yield Shard(index, start, in_memory(pool.select(range(start, min(start + size, len(pool))))))
         return
     rows = iter(pool.with_format(None))
     index = start = 0
     while part := list(islice(rows, size)):
-        # what the stream does not say of its types, each shard finds out for itself
-        yield Shard(index, start, Dataset.from_list(part, features=pool.features))
+        yield Shard(index, start, dataset_of(part, pool))
         index, start = index + 1, start + len(part)
 
 
@@ -102,26 +104,33 @@ class ShardStore:
 
     def load(self, shard: Shard) -> ScoredShard | None:
         """The scores of a shard, if they are there and belong to the very same rows."""
-        path = self._path(shard.index)
         try:
-            table = feather.read_table(path, memory_map=False)
-        except (FileNotFoundError, pa.ArrowInvalid):
+            table = feather.read_table(self._path(shard.index), memory_map=False)
+            metadata = table.schema.metadata or {}
+            per_target = None
+            if "per_target" in table.column_names:
+                values = torch.tensor(table["per_target"].combine_chunks().flatten().to_numpy())
+                per_target = values.view(len(shard.rows), -1)
+            scored = ScoredShard(
+                shard.index,
+                shard.first_row,
+                torch.tensor(table["score"].to_numpy()),
+                torch.tensor(table["n_tokens"].to_numpy()),
+                int(metadata[b"n_truncated"]),
+                per_target,
+            )
+        except FileNotFoundError:
             return None
-        metadata = table.schema.metadata or {}
+        except (OSError, pa.ArrowException, KeyError, ValueError, RuntimeError):
+            # whatever is wrong with it, its rows can be scored again
+            logger.warning("'%s' is damaged; its rows are scored again.", self._path(shard.index))
+            return None
         if metadata.get(b"content") != _content(shard).encode():
             return None
-        per_target = None
-        if "per_target" in table.column_names:
-            values = torch.tensor(table["per_target"].combine_chunks().flatten().to_numpy())
-            per_target = values.view(len(shard.rows), -1)
-        return ScoredShard(
-            shard.index,
-            shard.first_row,
-            torch.tensor(table["score"].to_numpy()),
-            torch.tensor(table["n_tokens"].to_numpy()),
-            int(metadata[b"n_truncated"]),
-            per_target,
-        )
+        if metadata.get(b"checksum") != _checksum(scored).encode():
+            logger.warning("'%s' is damaged; its rows are scored again.", self._path(shard.index))
+            return None
+        return scored
 
     def save(self, shard: Shard, scored: ScoredShard) -> None:
         """Write the scores of a shard."""
@@ -129,7 +138,11 @@ class ShardStore:
         if scored.per_target is not None:
             values = pa.array(scored.per_target.flatten().numpy())
             columns["per_target"] = pa.FixedSizeListArray.from_arrays(values, scored.per_target.shape[1])
-        metadata = {"content": _content(shard), "n_truncated": str(scored.n_truncated)}
+        metadata = {
+            "content": _content(shard),
+            "n_truncated": str(scored.n_truncated),
+            "checksum": _checksum(scored),
+        }
         path = self._path(shard.index)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
@@ -141,4 +154,13 @@ class ShardStore:
 
 def _content(shard: Shard) -> str:
     """A hash of the rows themselves: streams have no fingerprint, and files may change under a name."""
-    return str(Hasher.hash((shard.first_row, shard.rows[:])))
+    # of their representation, as a pickle also tells which of two equal objects are one
+    return hashlib.sha256(repr((shard.first_row, shard.rows[:])).encode()).hexdigest()
+
+
+def _checksum(scored: ScoredShard) -> str:
+    """A hash of the scores: Arrow does not notice a flipped bit."""
+    found = hashlib.sha256()
+    for tensor in (scored.scores, scored.n_tokens, scored.per_target):
+        found.update(b"" if tensor is None else tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()

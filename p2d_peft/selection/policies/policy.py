@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 
@@ -21,8 +22,9 @@ class Ranking:
         n_tokens (`torch.Tensor`): Shape (rows of the pool,), int64: the length of each row in tokens, after truncation.
         wanted (`int`): How many rows will be kept; with a budget of tokens, how many rows of mean length fit into it.
         seed (`int`): For what is random in a policy.
-        column (`Callable[[str, Sequence[int]], list[Any]]`): The values of one of the pool's columns in some rows.
-        samples (`Callable[[Sequence[int]], Samples]`): Some rows as tokens, in ascending order of the rows.
+        column (`Callable[[str], list[Any]]`): The values of one of the pool's columns, in all rows.
+        samples (`Callable[[Sequence[int]], Samples]`): Some rows as tokens, in ascending order of the rows. A stream is
+            read again for each call.
         features (`Callable[[Sequence[int]], torch.Tensor]`): The features of some rows by the scorer: shape (n, d),
             float32, in the order asked for. Costs a pass through the model.
         per_target (`torch.Tensor`, *optional*): Shape (rows of the pool, target's samples), float32: the scores for each
@@ -33,30 +35,36 @@ class Ranking:
     n_tokens: torch.Tensor
     wanted: int
     seed: int
-    column: Callable[[str, Sequence[int]], list[Any]]
+    column: Callable[[str], list[Any]]
     samples: Callable[[Sequence[int]], Samples]
     features: Callable[[Sequence[int]], torch.Tensor]
     per_target: torch.Tensor | None = None
 
 
-class Policy(Protocol):
+class Policy(ABC):
     """
     A policy drops rows from a ranking or brings them into another order. Several are applied one after the other; what
     stands first in the end is kept.
+
+    Rankings are iterators, so that each row is looked at only once it is asked for: a costly policy works on as many
+    rows as those behind it need, whatever they are, and not on the whole pool.
+
+    Attributes:
+        needs_per_target (`bool`): Whether `Ranking.per_target` has to be there, which only scorers with a target's
+            samples can give.
+        needs_features (`bool`): Whether `Ranking.features` will be asked for, which not all scorers have.
     """
 
-    @property
-    def needs_per_target(self) -> bool:
-        """Whether `Ranking.per_target` has to be there, which only scorers with a target's samples can give."""
-        ...
+    needs_per_target: ClassVar[bool] = False
+    needs_features: ClassVar[bool] = False
 
-    def __call__(self, rows: list[int], ranking: Ranking) -> list[int]:
+    @abstractmethod
+    def __call__(self, rows: Iterable[int], ranking: Ranking) -> Iterator[int]:
         """
         Args:
-            rows (`list[int]`): Rows of the pool, the best first.
+            rows (`Iterable[int]`): Rows of the pool, the best first.
             ranking (`Ranking`): What is known of them.
 
         Returns:
-            `list[int]`: some or all of them, the best first.
+            `Iterator[int]`: some or all of them, the best first.
         """
-        ...

@@ -1,0 +1,101 @@
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from p2d_peft.heads import HeadSet
+from p2d_peft.selection.fingerprint import model_fingerprint
+from p2d_peft.tuners import HeadSparseConfig
+
+from ..tiny_models import tiny_model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int8, torch.bool])
+@pytest.mark.parametrize("n", [1, 3, 8, 70_001, 140_000])  # odd lengths, and more than one chunk
+def test_every_single_weight_counts_and_its_place_too(dtype, n):
+    values = torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(n)).to(dtype)
+
+    def of(tensor):
+        module = nn.Module()
+        module.register_buffer("values", tensor)
+        return model_fingerprint(module)
+
+    seen = {of(values)}
+    for place in {0, 1, n // 2, n - 1} & set(range(n)):
+        changed = values.clone()
+        changed[place] = (values[place] == 0).to(dtype)
+        seen.add(of(changed))
+    assert len(seen) == 1 + len({0, 1, n // 2, n - 1} & set(range(n)))
+    assert of(values.clone()) == of(values)
+    if n > 2:
+        # first and last of unlike values, which may lie in different chunks
+        ordered = torch.cat([torch.zeros(1), torch.ones(n - 1)]).to(dtype)
+        swapped = ordered.flip(0)
+        assert of(ordered) != of(swapped)
+
+
+def test_the_smallest_change_of_any_tensor_of_a_model_is_another_model():
+    model = tiny_model()
+    first = model_fingerprint(model)
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            kept = parameter.flatten()[-1].clone()
+            parameter.view(-1)[-1] = torch.nextafter(kept, torch.tensor(torch.inf))
+            assert model_fingerprint(model) != first, name
+            parameter.view(-1)[-1] = kept
+    assert model_fingerprint(model) == first
+
+
+def test_two_layers_that_change_places_are_another_model():
+    model = tiny_model()
+    first = model_fingerprint(model)
+    model.model.layers[0], model.model.layers[1] = model.model.layers[1], model.model.layers[0]
+    assert model_fingerprint(model) != first
+
+
+def test_settings_count_where_the_weights_are_the_same():
+    assert model_fingerprint(tiny_model("mistral")) != model_fingerprint(tiny_model("mistral", sliding_window=16))
+    assert model_fingerprint(tiny_model()) != model_fingerprint(tiny_model(rms_norm_eps=1e-3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_reloaded_model_is_the_same(tmp_path, dtype, tied):
+    model = tiny_model(dtype=dtype, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert model_fingerprint(loaded.eval()) == model_fingerprint(model.train())
+
+
+def test_adapters_count():
+    seen = {model_fingerprint(tiny_model())}
+    for alpha in (8, 16):
+        seen.add(model_fingerprint(get_peft_model(tiny_model(), LoraConfig(r=2, lora_alpha=alpha))))
+    model = get_peft_model(tiny_model(), HeadSparseConfig(heads=HeadSet([(0, 1)])))
+    seen.add(model_fingerprint(model))
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).view(-1)[0] += 1
+    seen.add(model_fingerprint(model))
+    model.add_adapter("other", HeadSparseConfig(heads=HeadSet([(0, 1)])))
+    of_default = model_fingerprint(model)
+    model.set_adapter("other")
+    seen |= {of_default, model_fingerprint(model)}
+    assert len(seen) == 7
+
+
+def test_what_a_quantized_layer_saves_beside_its_weights_counts():
+    class Quantized(nn.Module):
+        """As bitsandbytes does: neither a parameter nor a buffer."""
+
+        def __init__(self, scale):
+            super().__init__()
+            self.weight = nn.Parameter(torch.arange(16, dtype=torch.uint8), requires_grad=False)
+            self.scale = torch.tensor([scale])
+
+        def _save_to_state_dict(self, destination, prefix, keep_vars):
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            destination[prefix + "scale"] = self.scale
+
+    assert model_fingerprint(Quantized(1.0)) == model_fingerprint(Quantized(1.0))
+    assert model_fingerprint(Quantized(1.0)) != model_fingerprint(Quantized(2.0))
