@@ -1,6 +1,8 @@
 """Which rows of a pool to train on."""
 
+from .icl import icl_scorer
+from .scoring import RowScores, Scorer, ScoringContext
 from .selector import P2DDataSelector
 
 
-__all__ = ["P2DDataSelector"]
+__all__ = ["P2DDataSelector", "RowScores", "Scorer", "ScoringContext", "icl_scorer"]

@@ -46,4 +46,4 @@ def affinity(context: ScoringContext) -> Iterator[ScoreRows]:
         yield similarity_to_target(context, features, centred=True)
 
 
-SCORER = Scorer(affinity, needs_heads=True, needs_target=True, needs_sample=True)
+SCORER = Scorer("affinity", affinity, needs_heads=True, needs_target=True, needs_sample=True)

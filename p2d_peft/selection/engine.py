@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,9 @@ from ..heads import HeadSet
 from ..model_state import model_device, preserved_state
 from .fingerprint import run_fingerprint
 from .pool import rows_of
+from .pool_scores import PoolScores, nothing_counts, put_together
 from .progress import ScoringProgress
-from .report import ScoringEstimate, ScoringReport
+from .report import ScoringEstimate
 from .samples import Samples, prepare_samples
 from .scoring import Scorer, ScoreRows, ScoringContext
 from .shards import SHARD_ROWS, ScoredShard, Shard, ShardStore, shards_of
@@ -39,31 +40,12 @@ SAMPLE_ROWS = 512
 ESTIMATE_BATCHES = 8
 
 
-@dataclass(frozen=True)
-class PoolScores:
-    """
-    The scores of a pool.
-
-    Args:
-        scores (`torch.Tensor`): Shape (rows,), float64; NaN for rows without a token that counts.
-        n_tokens (`torch.Tensor`): Shape (rows,), int64: the length of each scored row, 0 for the others.
-        per_target (`torch.Tensor`, *optional*): Shape (rows, target's samples), float32.
-        report (`ScoringReport`): What there is to tell.
-    """
-
-    scores: torch.Tensor
-    n_tokens: torch.Tensor
-    per_target: torch.Tensor | None
-    report: ScoringReport
-
-
 @dataclass(frozen=True, kw_only=True)
 class ScoringEngine:
     """
     A scorer with all that it needs, to be let loose on pools.
 
     Args:
-        name (`str`): The scorer's name.
         scorer (`Scorer`): The scorer.
         model, processing_class, args, formatting_func, heads, batch_size, seed, cache_dir: As in [`P2DDataSelector`].
         target (`Dataset`, *optional*): The samples of the task.
@@ -71,7 +53,6 @@ class ScoringEngine:
         with_features (`bool`): Whether there will be a need for features, so that a scorer without them fails early.
     """
 
-    name: str
     scorer: Scorer
     model: nn.Module
     processing_class: PreTrainedTokenizerBase
@@ -102,7 +83,7 @@ class ScoringEngine:
         if isinstance(pool, Dataset):
             step = size or max(len(pool), 1)
             total = sum(min(step, len(pool) - row) for row in range(process * step, len(pool), n_processes * step))
-        progress = ScoringProgress(f"Scoring pool ({self.name})", total, self.scorer.passes, process == 0)
+        progress = ScoringProgress(f"Scoring pool ({self.scorer.name})", total, self.scorer.passes, process == 0)
         done: list[ScoredShard] = []
         n_resumed = 0
         try:
@@ -139,7 +120,7 @@ class ScoringEngine:
         if n_processes > 1:
             done = sorted(gather_object(done), key=lambda scored: scored.index)
             n_resumed = sum(gather_object([n_resumed]))
-        return self._collect(done, n_resumed, time.perf_counter() - start)
+        return put_together(done, self.scorer.name, self.args.max_length, n_resumed, time.perf_counter() - start)
 
     def _score_shard(self, shard: Shard, score_rows: ScoreRows) -> ScoredShard:
         """Score one shard's rows."""
@@ -159,71 +140,12 @@ class ScoringEngine:
             if self.per_target:
                 if found.per_target is None:
                     raise ValueError(
-                        f"`policies` need scores for each of the target's samples, which `scorer`={self.name!r} "
+                        f"`policies` need scores for each of the target's samples, which `scorer`={self.scorer.name!r} "
                         "does not give; use 'affinity'."
                     )
                 per_target = torch.full((n_rows, found.per_target.shape[1]), torch.nan)
                 per_target[places] = found.per_target.float()
         return ScoredShard(shard.index, shard.first_row, scores, n_tokens, samples.n_truncated, per_target)
-
-    def _collect(self, done: list[ScoredShard], n_resumed: int, seconds: float) -> PoolScores:
-        """Put the shards together and look at what came out."""
-        scores = torch.cat([scored.scores for scored in done] or [torch.empty(0, dtype=torch.float64)])
-        n_tokens = torch.cat([scored.n_tokens for scored in done] or [torch.empty(0, dtype=torch.int32)])
-        parts = [scored.per_target for scored in done if scored.per_target is not None]
-        n_targets = parts[0].shape[1] if parts else 0
-        # a shard without a single token that counts has none
-        per_target = (
-            torch.cat(
-                [
-                    scored.per_target
-                    if scored.per_target is not None
-                    else torch.full((len(scored.scores), n_targets), torch.nan)
-                    for scored in done
-                ]
-            )
-            if parts
-            else None
-        )
-        if not len(scores):
-            raise ValueError("`pool` has no rows.")
-        counted = n_tokens > 0
-        report = ScoringReport(
-            n_rows=len(scores),
-            uncounted_rows=tuple((~counted).nonzero().flatten().tolist()),
-            n_truncated=sum(scored.n_truncated for scored in done),
-            n_tokens=int(n_tokens.sum()),
-            n_resumed=n_resumed,
-            seconds=seconds,
-        )
-        if not counted.any():
-            raise ValueError(self._nothing_counts("pool"))
-        if report.uncounted_rows:
-            logger.warning(
-                "%d of %d rows of the pool have no token that counts and will not be selected: rows %s.",
-                len(report.uncounted_rows),
-                len(scores),
-                _shortened(report.uncounted_rows),
-            )
-        if report.n_truncated:
-            logger.info(
-                "%d of %d rows of the pool were cut off at `max_length`=%s.",
-                report.n_truncated,
-                len(scores),
-                self.args.max_length,
-            )
-        bad = (counted & ~scores.isfinite()).nonzero().flatten().tolist()
-        if bad:
-            raise ValueError(
-                f"`scorer`={self.name!r} gave no finite score to {len(bad)} of {len(scores)} rows of the pool: "
-                f"rows {_shortened(bad)}. The model's outputs are not finite on them."
-            )
-        values = scores[counted]
-        if len(values) > 1 and bool((values == values[0]).all()):
-            logger.warning(
-                "`scorer`=%r gave all %d rows the same score, so it selects by row number.", self.name, len(values)
-            )
-        return PoolScores(scores, n_tokens.long(), per_target, report)
 
     def features(self, pool: Dataset | IterableDataset, rows: list[int]) -> torch.Tensor:
         """The scorer's features of some rows, in the order asked for."""
@@ -246,6 +168,7 @@ class ScoringEngine:
             self.model.eval()
             context = ScoringContext(
                 model=self.model,
+                tokenizer=self.processing_class,
                 sample=sample,
                 target=target,
                 heads=self.heads,
@@ -263,7 +186,7 @@ class ScoringEngine:
         assert self.target is not None
         target = self.prepare(self.target, "target")
         if not len(target):
-            raise ValueError(self._nothing_counts("target"))
+            raise ValueError(nothing_counts("target", self.args.max_length))
         return target
 
     def _sample(self, pool: Dataset | IterableDataset) -> Samples | None:
@@ -279,7 +202,7 @@ class ScoringEngine:
                 raise ValueError("`pool` has no rows.")
             sample = self.prepare(first.rows, "pool")
         if not len(sample):
-            raise ValueError(self._nothing_counts("pool"))
+            raise ValueError(nothing_counts("pool", self.args.max_length))
         return sample
 
     def _draw(self, n_rows: int) -> list[int]:
@@ -290,13 +213,14 @@ class ScoringEngine:
     def _fingerprint(self, sample: Samples | None, target: Samples | None) -> dict[str, str]:
         named = {
             "per_target": str(self.per_target),
+            "scoring": str(Hasher.hash(self.scorer.open)),
             "formatting_func": str(Hasher.hash(self.formatting_func)),
         }
         return named | run_fingerprint(
             self.model,
             self.processing_class,
             self.args,
-            self.name,
+            self.scorer.name,
             self.heads if self.scorer.needs_heads else None,
             self.batch_size,
             self.seed,
@@ -343,13 +267,7 @@ class ScoringEngine:
         return prepare_samples(dataset, self.processing_class, self.args, self.formatting_func, name, rows)
 
     def _no_features(self) -> str:
-        return f"`policies` need features of rows, which `scorer`={self.name!r} does not have; use 'affinity'."
-
-    def _nothing_counts(self, name: str) -> str:
-        return (
-            f"No row of `{name}` has a token that counts (a label other than -100); check its contents, "
-            f"`max_length`={self.args.max_length} and the loss masks."
-        )
+        return f"`policies` need features of rows, which `scorer`={self.scorer.name!r} does not have; use 'affinity'."
 
 
 def _process() -> tuple[int, int]:
@@ -360,7 +278,3 @@ def _process() -> tuple[int, int]:
         state = PartialState()
         return state.process_index, state.num_processes
     return 0, 1
-
-
-def _shortened(rows: Sequence[int], most: int = 10) -> str:
-    return ", ".join(map(str, rows[:most])) + (f" and {len(rows) - most} more" if len(rows) > most else "")

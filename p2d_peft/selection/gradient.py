@@ -51,4 +51,4 @@ def gradient(context: ScoringContext) -> Iterator[ScoreRows]:
         yield similarity_to_target(context, features, centred=False)
 
 
-SCORER = Scorer(gradient, needs_heads=True, needs_target=True)
+SCORER = Scorer("gradient", gradient, needs_heads=True, needs_target=True)

@@ -20,7 +20,7 @@ from torch import nn
 
 from ..heads import HeadSet, ModelGeometry
 from ..heads.geometry import COLUMNS, ROLES
-from .losses import mean_losses
+from ..heads.samples import sample_losses
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def head_gradients(
         outputs.clear()
         with torch.enable_grad():
             # of a sum each sample gets the gradient of its own loss, however many there are
-            loss = mean_losses(model, batch).sum()
+            loss = sample_losses(model, batch).sum()
             names = list(outputs)
             gradients = dict(zip(names, torch.autograd.grad(loss, [outputs[name] for name in names]), strict=True))
         parts = []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch.nn import functional
@@ -21,8 +23,37 @@ N_DEMONSTRATIONS = 8
 N_QUERIES = 4
 
 
+# (what the model answered, the right answer) -> how good that is, at least 0
+Metric: TypeAlias = Callable[[str, str], float]
+
+
+def icl_scorer(metric: Metric) -> Scorer:
+    """
+    The `icl` scorer with another quality: that of the answers that the model generates after the demonstrations, as in
+    Data Whisperer, in place of the likelihood of the right ones.
+
+    It costs many times as much: each answer is generated token by token, behind all demonstrations.
+
+    Args:
+        metric (`Callable[[str, str], float]`): From the generated answer and the right one, both without special tokens
+            and without white space around them, to a number of at least 0, the higher the better.
+
+    Returns:
+        [`Scorer`]: to be passed to [`P2DDataSelector`] as `scorer`.
+
+    Example:
+
+    ```python
+    >>> from p2d_peft.selection import icl_scorer
+
+    >>> scorer = icl_scorer(lambda answer, right: float(answer == right))
+    ```
+    """
+    return Scorer("icl", partial(icl, metric=metric), needs_heads=True, needs_target=True)
+
+
 @contextmanager
-def icl(context: ScoringContext) -> Iterator[ScoreRows]:
+def icl(context: ScoringContext, metric: Metric | None = None) -> Iterator[ScoreRows]:
     """
     In-context-learning score (P2D section 3.2.2, after Data Whisperer, arXiv 2505.12212, with the selected heads in
     place of all heads of one layer).
@@ -30,8 +61,8 @@ def icl(context: ScoringContext) -> Iterator[ScoreRows]:
     The samples are shuffled and cut into groups of 8 demonstrations. Each group is put before 4 queries, samples of the
     target, one at a time. A demonstration earns, averaged over the queries, the quality of the query's answer times
     the attention that the selected heads pay from the answer to the demonstration, divided by its length in tokens.
-    The quality is the geometric mean probability of the answer's tokens, `exp(mean log-likelihood)`. "From the answer"
-    means from the positions that predict its tokens.
+    The quality is the geometric mean probability of the answer's tokens, `exp(mean log-likelihood)`, unless there is a
+    metric (see [`icl_scorer`]). "From the answer" means from the positions that predict the right answer's tokens.
 
     The demonstrations' keys and values are computed once a group and shared by its queries.
 
@@ -53,7 +84,7 @@ def icl(context: ScoringContext) -> Iterator[ScoreRows]:
                 turn = start // N_DEMONSTRATIONS * N_QUERIES
                 asked = [queries[(turn + i) % len(queries)] for i in range(min(N_QUERIES, len(queries)))]
                 demonstrations, questions = samples.subset(group), target.subset(asked)
-                scores[group] = _score_group(context, demonstrations, questions, observed)
+                scores[group] = _score_group(context, demonstrations, questions, observed, metric)
                 context.progress(len(group), demonstrations.n_tokens + questions.n_tokens)
             return RowScores(scores)
 
@@ -65,6 +96,7 @@ def _score_group(
     demonstrations: Samples,
     questions: Samples,
     observed: Callable[[int, Observer], AbstractContextManager[None]],
+    metric: Metric | None,
 ) -> torch.Tensor:
     """The scores of one group of demonstrations, shape (len(demonstrations),)."""
     model, device = context.model, context.device
@@ -74,7 +106,7 @@ def _score_group(
     cache = DynamicCache()
     model(input_ids=prompt, past_key_values=cache, use_cache=True)
     total = torch.zeros(len(demonstrations))
-    for _, batch in questions.batches(context.batch_size, device):
+    for indices, batch in questions.batches(context.batch_size, device):
         n_queries, n_tokens = batch["input_ids"].shape
         shared = copy.deepcopy(cache)
         shared.batch_repeat_interleave(n_queries)
@@ -94,7 +126,12 @@ def _score_group(
                 use_cache=True,
             ).logits
         n_answer = predicts_BT.sum(1)
-        quality_B = torch.exp(-label_losses(logits[:, :-1].float(), batch["labels"][:, 1:]))
+        if metric is None:
+            quality_B = torch.exp(-label_losses(logits[:, :-1].float(), batch["labels"][:, 1:]))
+        else:
+            asked = questions.subset(indices)
+            qualities = [metric(*pair) for pair in answers(context, demonstrations, asked)]
+            quality_B = torch.tensor(qualities, dtype=torch.float32, device=n_answer.device)
         attention_BHTN = torch.cat(
             [part.to(device) for part in attention_to_demonstrations], dim=1
         )  # N demonstrations, H all selected heads
@@ -105,4 +142,31 @@ def _score_group(
     return total / len(questions)
 
 
-SCORER = Scorer(icl, needs_heads=True, needs_target=True)
+def answers(context: ScoringContext, demonstrations: Samples, questions: Samples) -> list[tuple[str, str]]:
+    """
+    What the model answers to questions behind demonstrations, greedily, and the right answers.
+
+    A question ends where its first token that counts begins. The model may say twice as much as the right answer has
+    tokens.
+    """
+    before = [token for ids in demonstrations.input_ids for token in ids]
+    pairs = []
+    for input_ids, labels in zip(questions.input_ids, questions.labels, strict=True):
+        right = [label for label in labels if label != -100]
+        start = next(index for index, label in enumerate(labels) if label != -100)
+        prompt = torch.tensor([before + input_ids[: max(start, 1)]], device=context.device)
+        generated = context.model.generate(  # type: ignore[operator]
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=2 * len(right),
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=questions.pad_token_id,
+        )
+        texts = (generated[0, prompt.shape[1] :], right)
+        answer, gold = (context.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in texts)
+        pairs.append((answer, gold))
+    return pairs
+
+
+SCORER = Scorer("icl", icl, needs_heads=True, needs_target=True)

@@ -66,4 +66,4 @@ def answers_alone(samples: Samples) -> Samples:
     )
 
 
-SCORER = Scorer(ifd, needs_heads=False, needs_target=False, passes=2)
+SCORER = Scorer("ifd", ifd, needs_heads=False, needs_target=False, passes=2)

@@ -69,4 +69,4 @@ def influence(context: ScoringContext) -> Iterator[ScoreRows]:
     yield score
 
 
-SCORER = Scorer(influence, needs_heads=True, needs_target=False, passes=2)
+SCORER = Scorer("influence", influence, needs_heads=True, needs_target=False, passes=2)

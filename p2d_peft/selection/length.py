@@ -29,4 +29,4 @@ def length(context: ScoringContext) -> Iterator[ScoreRows]:
     yield score
 
 
-SCORER = Scorer(length, needs_heads=False, needs_target=False, passes=0)
+SCORER = Scorer("length", length, needs_heads=False, needs_target=False, passes=0)

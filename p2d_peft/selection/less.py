@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..heads import ModelGeometry
 from ..heads.geometry import ROLES, base_layer
+from ..heads.samples import sample_losses
 from ..model_state import autocast_without_cache, preserved_state
-from .losses import mean_losses
 from .samples import Samples
 from .scoring import RowScores, Scorer, ScoreRows, ScoringContext
 
@@ -141,7 +141,7 @@ def train_adapter(context: ScoringContext, parameters: list[nn.Parameter]) -> li
         for start in range(0, len(order), context.batch_size):
             for _, batch in context.batches(sample.subset(order[start : start + context.batch_size])):
                 with torch.enable_grad():
-                    mean_losses(context.model, batch).mean().backward()
+                    sample_losses(context.model, batch).mean().backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 rates += schedule.get_last_lr()
@@ -222,7 +222,7 @@ def _gradient(context: ScoringContext, parameters: list[nn.Parameter], sample: S
     """The gradient of one sample's loss: shape (P,), float32."""
     _, batch = next(sample.batches(1, context.device))
     with torch.enable_grad():
-        gradients = torch.autograd.grad(mean_losses(context.model, batch).sum(), parameters)
+        gradients = torch.autograd.grad(sample_losses(context.model, batch).sum(), parameters)
     context.progress(1, sample.n_tokens)
     return torch.cat([gradient.flatten().to(context.device, torch.float32) for gradient in gradients])
 
@@ -246,4 +246,4 @@ def _load(parameters: list[nn.Parameter], values: torch.Tensor) -> None:
             start += parameter.numel()
 
 
-SCORER = Scorer(less, needs_heads=False, needs_target=True, needs_sample=True, passes=N_EPOCHS)
+SCORER = Scorer("less", less, needs_heads=False, needs_target=True, needs_sample=True, passes=N_EPOCHS)

@@ -26,4 +26,4 @@ def perplexity(context: ScoringContext) -> Iterator[ScoreRows]:
     yield score
 
 
-SCORER = Scorer(perplexity, needs_heads=False, needs_target=False)
+SCORER = Scorer("perplexity", perplexity, needs_heads=False, needs_target=False)

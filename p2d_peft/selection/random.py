@@ -26,4 +26,4 @@ def uniform(context: ScoringContext) -> Iterator[ScoreRows]:
     yield score
 
 
-SCORER = Scorer(uniform, needs_heads=False, needs_target=False, passes=0)
+SCORER = Scorer("random", uniform, needs_heads=False, needs_target=False, passes=0)

@@ -55,4 +55,4 @@ def rds(context: ScoringContext) -> Iterator[ScoreRows]:
     yield similarity_to_target(context, features, centred=False)
 
 
-SCORER = Scorer(rds, needs_heads=False, needs_target=True)
+SCORER = Scorer("rds", rds, needs_heads=False, needs_target=True)

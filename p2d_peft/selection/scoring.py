@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..heads import HeadSet
 from .samples import Samples
@@ -25,6 +26,7 @@ class ScoringContext:
 
     Args:
         model (`nn.Module`): The model, in eval mode and without gradients; a scorer leaves it as it is.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, for scorers that have to read what the model says.
         sample (`Samples`, *optional*): A seeded draw of the pool's rows (of a stream, its first rows), for what a scorer
             has to know of the pool as a whole; None for scorers that need none.
         target (`Samples`, *optional*): The samples of the task; None for scorers that need none.
@@ -37,6 +39,7 @@ class ScoringContext:
     """
 
     model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
     sample: Samples | None
     target: Samples | None
     heads: HeadSet | None
@@ -89,6 +92,7 @@ class Scorer:
     several processes, and to go on after a crash.
 
     Args:
+        name (`str`): What to call it in messages.
         open (`Callable[[ScoringContext], AbstractContextManager[ScoreRows]]`):
             A context manager that reads the target and the sample of the pool, and gives the function that scores
             samples. What it changes in the model is put back on leaving.
@@ -99,6 +103,7 @@ class Scorer:
         whole_pool (`bool`, *optional*, defaults to `False`): Whether all samples of the pool have to be in one call.
     """
 
+    name: str
     open: Callable[[ScoringContext], AbstractContextManager[ScoreRows]]
     needs_heads: bool
     needs_target: bool

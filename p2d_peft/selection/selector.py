@@ -28,18 +28,21 @@ logger = logging.getLogger(__name__)
 ScorerName = Literal[
     "affinity", "bm25", "gradient", "icl", "ifd", "influence", "length", "less", "perplexity", "random", "rds"
 ]
-_SCORERS: dict[str, Scorer] = {
-    "affinity": affinity.SCORER,
-    "bm25": bm25.SCORER,
-    "gradient": gradient.SCORER,
-    "icl": icl.SCORER,
-    "ifd": ifd.SCORER,
-    "influence": influence.SCORER,
-    "length": length.SCORER,
-    "less": less.SCORER,
-    "perplexity": perplexity.SCORER,
-    "random": random.SCORER,
-    "rds": rds.SCORER,
+_SCORERS = {
+    scorer.name: scorer
+    for scorer in (
+        affinity.SCORER,
+        bm25.SCORER,
+        gradient.SCORER,
+        icl.SCORER,
+        ifd.SCORER,
+        influence.SCORER,
+        length.SCORER,
+        less.SCORER,
+        perplexity.SCORER,
+        random.SCORER,
+        rds.SCORER,
+    )
 }
 
 
@@ -66,7 +69,7 @@ class P2DDataSelector:
         target (`Dataset`, *optional*):
             A few samples of the task, of any type that a pool may have. Needed by `affinity`, `icl`, `gradient`,
             `less`, `rds` and `bm25`.
-        scorer (`str`, *optional*, defaults to `"affinity"`):
+        scorer (`str` or [`Scorer`], *optional*, defaults to `"affinity"`):
             - `"affinity"`: pooled outputs of the selected heads against the target's; part of one forward pass;
             - `"icl"`: the paper's, attention of the selected heads to the sample as a demonstration, weighted by the
               likelihood of the target's answers;
@@ -83,7 +86,8 @@ class P2DDataSelector:
             - `"length"`: the longest answers; a control;
             - `"random"`: a seeded draw; the control.
 
-            What each computes, and where it comes from, is in the docs (`docs/selection.md`).
+            What each computes, and where it comes from, is in the docs (`docs/selection.md`). A [`Scorer`] of one's own
+            takes the same place, or [`icl_scorer`] with a metric for generated answers.
         ratio (`float`, *optional*):
             Share of the pool's rows to keep, in (0, 1]; rounded, at least one row. 0.1, the paper's, if none of `ratio`,
             `num_samples` and `max_tokens` is given.
@@ -133,7 +137,7 @@ class P2DDataSelector:
         processing_class: PreTrainedTokenizerBase,
         heads: HeadSet | None = None,
         target: Dataset | None = None,
-        scorer: ScorerName = "affinity",
+        scorer: ScorerName | Scorer = "affinity",
         ratio: float | None = None,
         num_samples: int | None = None,
         max_tokens: int | None = None,
@@ -144,8 +148,12 @@ class P2DDataSelector:
         seed: int = 42,
         cache_dir: str | Path | None = None,
     ) -> None:
-        if scorer not in _SCORERS:
-            raise ValueError(f"`scorer` must be one of {', '.join(map(repr, _SCORERS))}, got {scorer!r}.")
+        if not isinstance(scorer, Scorer):
+            if scorer not in _SCORERS:
+                raise ValueError(
+                    f"`scorer` must be one of {', '.join(map(repr, _SCORERS))}, or a `Scorer`, got {scorer!r}."
+                )
+            scorer = _SCORERS[scorer]
         sizes = {"ratio": ratio, "num_samples": num_samples, "max_tokens": max_tokens}
         given = {name: value for name, value in sizes.items() if value is not None}
         if len(given) > 1:
@@ -155,22 +163,23 @@ class P2DDataSelector:
         for name, value in (("num_samples", num_samples), ("max_tokens", max_tokens), ("batch_size", batch_size)):
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        needs = _SCORERS[scorer]
-        if needs.needs_heads:
+        if scorer.needs_heads:
             if heads is None:
                 raise ValueError(
-                    f"`scorer`={scorer!r} needs `heads`; find them with `localize_heads(...).top(0.1)`, or use "
+                    f"`scorer`={scorer.name!r} needs `heads`; find them with `localize_heads(...).top(0.1)`, or use "
                     "'perplexity' or 'random'."
                 )
             geometry = ModelGeometry.of(model)
             if geometry.stacks:
                 raise ValueError(
-                    f"`scorer`={scorer!r} is for models with one stack of attention, but `model` "
+                    f"`scorer`={scorer.name!r} is for models with one stack of attention, but `model` "
                     f"({type(model).__name__}) has several ({', '.join(geometry.stacks)}); use 'random'."
                 )
             geometry.check(heads)
-        if needs.needs_target and target is None:
-            raise ValueError(f"`scorer`={scorer!r} needs `target`, a few samples of the task as a `datasets.Dataset`.")
+        if scorer.needs_target and target is None:
+            raise ValueError(
+                f"`scorer`={scorer.name!r} needs `target`, a few samples of the task as a `datasets.Dataset`."
+            )
         self.ratio = 0.1 if not given else ratio
         self.num_samples = num_samples
         self.max_tokens = max_tokens
@@ -179,8 +188,7 @@ class P2DDataSelector:
         self.scores: torch.Tensor | None = None
         self.rows: list[int] | None = None
         self.engine = ScoringEngine(
-            name=scorer,
-            scorer=needs,
+            scorer=scorer,
             model=model,
             processing_class=processing_class,
             # bf16=False: the default asks for hardware support, and no training happens here

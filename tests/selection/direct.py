@@ -22,6 +22,6 @@ def samples_of(dataset: Dataset | None = None) -> Samples:
 def scored(scorer: Scorer, model: nn.Module, samples: Samples, batch_size: int = 8, **kwargs) -> RowScores:
     """What a scorer says of samples; `kwargs` go to its context."""
     known = {"sample": None, "target": None, "heads": None, "seed": 0, "device": torch.device("cpu")}
-    context = ScoringContext(model=model, batch_size=batch_size, **(known | kwargs))
+    context = ScoringContext(model=model, tokenizer=tiny_tokenizer(), batch_size=batch_size, **(known | kwargs))
     with torch.no_grad(), scorer.open(context) as score:
         return score(samples)

@@ -367,7 +367,7 @@ def test_a_forecast_is_right_where_each_row_takes_the_same_time(needs_sample, mo
 
         yield score
 
-    scorer = Scorer(opened, needs_heads=False, needs_target=False, needs_sample=needs_sample)
+    scorer = Scorer("own", opened, needs_heads=False, needs_target=False, needs_sample=needs_sample)
     pool = prompt_completion(100)
     for size in (100, 60):
         scoring = selector(scorer="random", batch_size=2)

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from p2d_peft.heads import HeadSet
+from p2d_peft.heads.samples import sample_losses
 from p2d_peft.selection import influence
-from p2d_peft.selection.losses import mean_losses
 
 from ..model_checks import assert_unchanged, mixed_state, snapshot
 from ..tiny_models import LAYOUTS, random_batch, tiny_model
@@ -42,7 +42,7 @@ def test_heads_are_on_again_also_after_an_exception():
     model = mixed_state(tiny_model())
     before = snapshot(model)
     with pytest.raises(IndexError), influence.heads_off(model, HEADS):
-        mean_losses(model, {"input_ids": torch.tensor([[10_000]]), "labels": torch.tensor([[1]])})
+        sample_losses(model, {"input_ids": torch.tensor([[10_000]]), "labels": torch.tensor([[1]])})
     assert_unchanged(model, before)
 
 

@@ -3,8 +3,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 
+from p2d_peft.heads.samples import sample_losses
 from p2d_peft.selection import less
-from p2d_peft.selection.losses import mean_losses
 
 from ..model_checks import assert_unchanged, mixed_state, snapshot
 from ..tiny_data import prompt_completion
@@ -44,7 +44,7 @@ def test_is_the_cosine_of_a_step_of_adam_with_the_targets_gradient(monkeypatch):
 
     def gradient(samples, index):
         (_, single), *_ = samples.subset([index]).batches(1, torch.device("cpu"))
-        return torch.autograd.grad(mean_losses(model, single).sum(), parameters)
+        return torch.autograd.grad(sample_losses(model, single).sum(), parameters)
 
     def step(gradients):
         """Where AdamW would go at a learning rate of 1; put back afterwards."""
@@ -66,7 +66,7 @@ def test_is_the_cosine_of_a_step_of_adam_with_the_targets_gradient(monkeypatch):
     for rate in rates:
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
-        mean_losses(model, batch).mean().backward()
+        sample_losses(model, batch).mean().backward()
         optimizer.step()
         pool = torch.stack([step(gradient(POOL, index)) for index in range(6)])
         target = torch.stack([flat(gradient(TARGET, index)) for index in range(3)])

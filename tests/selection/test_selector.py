@@ -1,4 +1,5 @@
 import math
+from contextlib import contextmanager
 from typing import get_args
 
 import pytest
@@ -7,7 +8,7 @@ from datasets import Dataset
 from trl import SFTConfig
 
 from p2d_peft.heads import HeadSet, ModelGeometry, localize_heads
-from p2d_peft.selection import P2DDataSelector, engine, less
+from p2d_peft.selection import P2DDataSelector, RowScores, Scorer, engine, less
 from p2d_peft.selection.selector import ScorerName, needs_heads
 
 from ..model_checks import assert_unchanged, mixed_state, snapshot
@@ -304,3 +305,18 @@ def test_scores_that_are_no_numbers_are_an_error_with_row_numbers(scorer):
     pool = Dataset.from_list([{"text": "abc"}, {"text": "qqq"}, {"text": "abd"}])
     with pytest.raises(ValueError, match=r"gave no finite score to \d of 3 rows of the pool: rows"):
         selector(model, scorer=scorer, target=text(3)).score(pool)
+
+
+def test_a_scorer_of_ones_own():
+    """As in the docs: shorter rows first."""
+
+    @contextmanager
+    def shortest(context):
+        yield lambda samples: RowScores(torch.tensor([-float(len(ids)) for ids in samples.input_ids]))
+
+    own = Scorer("shortest", shortest, needs_heads=False, needs_target=False)
+    selected = selector(scorer=own, num_samples=5).select(text())
+    lengths = [len(tiny_tokenizer()(row["text"])["input_ids"]) for row in text()]
+    assert sorted(lengths)[:5] == sorted(len(tiny_tokenizer()(row["text"])["input_ids"]) for row in selected)
+    with pytest.raises(ValueError, match="`scorer`='picky' needs `target`"):
+        P2DDataSelector(tiny_model(), tiny_tokenizer(), scorer=Scorer("picky", shortest, False, needs_target=True))

@@ -1,0 +1,96 @@
+"""What `icl` promises beyond its definition, which test_selector.py holds against whole prompts and eager attention."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+from p2d_peft import P2DDataSelector
+from p2d_peft.heads import HeadSet
+from p2d_peft.selection import icl_scorer
+from p2d_peft.selection.icl import answers
+
+from ..model_checks import assert_unchanged, snapshot
+from ..tiny_data import prompt_completion
+from ..tiny_models import tiny_model, tiny_tokenizer
+from .direct import samples_of
+
+
+HEADS = HeadSet([(0, 1), (1, 0), (1, 3)])
+
+
+def looking_for_equal_tokens():
+    """A model with a head that attends to tokens like the one it is at, however far away: head 1 of layer 0."""
+    rope = {"rope_type": "default", "rope_theta": 1e12}  # all but the first dims of a head hardly turn
+    sizes = {"hidden_size": 256, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+    model = tiny_model(**sizes, rope_parameters=rope)
+    attention = model.model.layers[0].self_attn
+    with torch.no_grad():
+        still = torch.zeros(64, dtype=torch.bool)
+        still[16:32] = still[48:] = True
+        for projection in (attention.q_proj, attention.k_proj):
+            projection.weight[64:128] = 0
+            projection.weight[64:128][still] = torch.eye(256)[:32] * 3
+    return model
+
+
+@pytest.mark.parametrize("row", [0, 3, 7])
+def test_a_demonstration_with_the_answer_ranks_first(row):
+    words = ["aaaa", "bbbb", "cccc", "dddd", "eeee", "ffff", "gggg", "hhhh"]
+    pool = Dataset.from_list([{"prompt": f"{word}:", "completion": f" {word}"} for word in words])
+    target = pool.select([row])
+    selector = P2DDataSelector(
+        looking_for_equal_tokens(), tiny_tokenizer(), heads=HeadSet([(0, 1)]), target=target, scorer="icl"
+    )
+    scores = selector.score(pool)
+    assert scores.argmax() == row
+    assert scores[row] > 1.5 * scores[torch.arange(8) != row].max()
+
+
+def test_a_metric_takes_the_place_of_the_likelihood():
+    pool, target = prompt_completion(8), prompt_completion(3, seed=1)
+    model = tiny_model()
+    before = snapshot(model)
+    seen = []
+
+    def metric(answer, right):
+        seen.append((answer, right))
+        return 2.0
+
+    def scores(scorer):
+        selector = P2DDataSelector(model, tiny_tokenizer(), heads=HEADS, target=target, scorer=scorer)
+        return selector.score(pool)
+
+    double = scores(icl_scorer(metric))
+    assert_unchanged(model, before)
+    assert [right for _, right in sorted(seen)] and {right for _, right in seen} == {
+        row["completion"].strip() for row in target
+    }
+    # all answers are equally good, so what is left is the attention, which is linear in the quality
+    torch.testing.assert_close(scores(icl_scorer(lambda answer, right: 1.0)) * 2, double)
+    assert (scores(icl_scorer(lambda answer, right: 0.0)) == 0).all()
+    assert not torch.allclose(scores("icl") * 2, double)
+
+
+def test_answers_are_what_the_model_generates_behind_the_demonstrations():
+    demonstrations, questions = samples_of(prompt_completion(2)), samples_of(prompt_completion(2, seed=1))
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+
+    class Context:
+        device = torch.device("cpu")
+
+    context = Context()
+    context.model, context.tokenizer = model, tokenizer
+    found = answers(context, demonstrations, questions)
+    for (answer, right), row in zip(found, prompt_completion(2, seed=1), strict=True):
+        assert right == row["completion"].strip()
+        ids = [token for sample in demonstrations.input_ids for token in sample] + tokenizer(row["prompt"])[
+            "input_ids"
+        ]
+        start = len(ids)
+        n_right = len(tokenizer(row["completion"])["input_ids"]) + 1  # and the end token
+        with torch.no_grad():
+            for _ in range(2 * n_right):  # greedily, token by token
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+                if ids[-1] == model.generation_config.eos_token_id:
+                    break
+        assert answer == tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
