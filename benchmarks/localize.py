@@ -100,6 +100,7 @@ def _late(scores: HeadScores, ratio: float) -> HeadSet:
 CHOICES: dict[str, Callable[[HeadScores, float], HeadSet]] = {
     "global": lambda scores, ratio: scores.top(ratio),
     "spread": _spread,
+    "groups": lambda scores, ratio: scores.top(ratio, per_group=1),
     "late": _late,
 }
 

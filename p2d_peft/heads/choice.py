@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -56,17 +57,39 @@ def layer_bounds(per_layer: int | tuple[int | None, int | None] | None) -> tuple
     return least, most
 
 
-def best_cells(values: torch.Tensor, count: int, least: int, most: float, lowest: int = 0) -> list[Cell] | None:
+@dataclass(frozen=True)
+class Bounds:
+    """
+    How many heads may be chosen where.
+
+    Args:
+        least (`int`), most (`float`): For each row that has heads; of a row with fewer than `least`, all.
+        per_group (`float`): The most of one key/value group.
+        groups (`torch.Tensor`, *optional*): Shape (L, H), int64: the group of each head within its row; each head is a
+            group of its own by default.
+    """
+
+    least: int = 0
+    most: float = math.inf
+    per_group: float = math.inf
+    groups: torch.Tensor | None = None
+
+    def group(self, cell: Cell) -> tuple[int, int]:
+        """The row and the group of a cell."""
+        return cell[0], cell[1] if self.groups is None else int(self.groups[cell])
+
+
+def best_cells(values: torch.Tensor, count: int, bounds: Bounds, lowest: int = 0) -> list[Cell] | None:
     """
     The cells with the highest sum of scores that keep to the bounds; ties go to the lower row, then the lower head.
 
     Taking the best `least` of each row first and then the best of what is left gives the highest sum: what the bounds
-    allow is a matroid.
+    allow is a matroid, as groups lie within rows.
 
     Args:
         values (`torch.Tensor`): Shape (L, H); NaN where there is no head.
         count (`int`): How many to take.
-        least (`int`), most (`float`): Bounds for each row that has heads; of a row with fewer than `least`, all.
+        bounds (`Bounds`): The bounds.
         lowest (`int`): Rows below are left out, and `least` does not hold for them.
 
     Returns:
@@ -76,17 +99,25 @@ def best_cells(values: torch.Tensor, count: int, least: int, most: float, lowest
     # stable: cells of equal scores stay in order
     ranked = sorted(there, key=lambda cell: -float(values[cell]))
     used: dict[int, int] = {}
+    used_of_group: dict[tuple[int, int], int] = {}
     chosen: list[Cell] = []
-    for bound, stop in ((least, len(ranked)), (most, count)):
+    for bound, stop in ((bounds.least, len(ranked)), (bounds.most, count)):
         taken = set(chosen)
         for cell in ranked:
-            if cell not in taken and len(chosen) < stop and used.get(cell[0], 0) < bound:
+            group = bounds.group(cell)
+            if (
+                cell not in taken
+                and len(chosen) < stop
+                and used.get(cell[0], 0) < bound
+                and used_of_group.get(group, 0) < bounds.per_group
+            ):
                 chosen.append(cell)
                 used[cell[0]] = used.get(cell[0], 0) + 1
+                used_of_group[group] = used_of_group.get(group, 0) + 1
     return chosen if len(chosen) == count else None
 
 
-def best_for_the_time(values: torch.Tensor, count: int, least: int, most: float) -> list[Cell] | None:
+def best_for_the_time(values: torch.Tensor, count: int, bounds: Bounds) -> list[Cell] | None:
     """
     The cells for which the sum of scores divided by the time of a training step is highest.
 
@@ -95,7 +126,7 @@ def best_for_the_time(values: torch.Tensor, count: int, least: int, most: float)
 
     Args:
         values (`torch.Tensor`): As in [`best_cells`], at least 0.
-        count (`int`), least (`int`), most (`float`): As there.
+        count (`int`), bounds (`Bounds`): As there.
 
     Returns:
         `list[tuple[int, int]]`: the cells, or None where no choice keeps to the bounds.
@@ -103,7 +134,7 @@ def best_for_the_time(values: torch.Tensor, count: int, least: int, most: float)
     n_layers = len(values)
     best, best_value = None, -math.inf
     for lowest in reversed(range(n_layers)):
-        cells = best_cells(values, count, least, most, lowest)
+        cells = best_cells(values, count, bounds, lowest)
         if cells is None:
             continue
         value = sum(float(values[cell]) for cell in cells) / (1 + (n_layers - lowest) / n_layers)

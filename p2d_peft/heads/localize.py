@@ -123,7 +123,17 @@ def localize_heads(
     for layer, row in zip(geometry.rows, table, strict=True):
         if layer in geometry:  # a hybrid's layers without heads have none
             row[: geometry[layer].n_heads] = values[layer]
-    return HeadScores(table, method, seed, counted.n_samples or None, model_id(model), seconds, layers=geometry.rows)
+    groups = tuple(geometry[layer].n_kv_heads if layer in geometry else 0 for layer in geometry.rows)
+    return HeadScores(
+        table,
+        method,
+        seed,
+        counted.n_samples or None,
+        model_id(model),
+        seconds,
+        layers=geometry.rows,
+        n_kv_heads=groups,
+    )
 
 
 class _Counted:

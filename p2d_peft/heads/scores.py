@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..files import read_json, write_json
-from .choice import best_cells, best_for_the_time, layer_bounds, number_of_heads
+from .choice import Bounds, best_cells, best_for_the_time, layer_bounds, number_of_heads
 from .comparison import Comparison, spearman
 from .head_set import HeadSet, Layer
 
@@ -43,10 +43,13 @@ class HeadScores:
         layers (`tuple[int | str, ...]`, *optional*):
             The layer that each row stands for, as [`Head`] names it: `0, 1, ...` by default, and addresses such as
             `"encoder.0"` in a model with several stacks of attention.
+        n_kv_heads (`tuple[int, ...]`, *optional*):
+            G for each row, the number of key/value heads (groups); 0 in rows without heads. By default each head has keys
+            and values of its own.
 
     Raises:
-        `ValueError`: if `values` is not a two-dimensional table or holds an infinity, or `layers` does not name each row
-            once.
+        `ValueError`: if `values` is not a two-dimensional table or holds an infinity, `layers` does not name each row
+            once, or `n_kv_heads` does not divide the heads of each.
     """
 
     values: torch.Tensor
@@ -56,6 +59,7 @@ class HeadScores:
     model_id: str | None = None
     seconds: float | None = None
     layers: tuple[Layer, ...] = ()
+    n_kv_heads: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         values = torch.as_tensor(self.values).detach().to("cpu", torch.float64)
@@ -67,8 +71,16 @@ class HeadScores:
         layers = tuple(self.layers) or tuple(range(len(values)))
         if len(set(layers)) != len(values) or len(layers) != len(values):
             raise ValueError(f"`layers` must name each of the {len(values)} rows of `values` once, got {layers}.")
+        heads = (~values.isnan()).sum(dim=1).tolist()
+        n_kv_heads = tuple(self.n_kv_heads) or tuple(heads)
+        if len(n_kv_heads) != len(heads) or any(h % g if g else h for h, g in zip(heads, n_kv_heads, strict=True)):
+            raise ValueError(
+                f"`n_kv_heads` must be the number of key/value heads of each row, which have {heads} heads, got "
+                f"{n_kv_heads}."
+            )
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "n_kv_heads", n_kv_heads)
 
     @property
     def n_heads(self) -> int:
@@ -81,6 +93,7 @@ class HeadScores:
         *,
         k: int | None = None,
         per_layer: int | tuple[int | None, int | None] | None = None,
+        per_group: int | None = None,
         cost_aware: bool = False,
     ) -> HeadSet:
         """
@@ -95,6 +108,10 @@ class HeadScores:
                 Take at most so many heads of one layer, which spreads the choice over the depth. A pair `(least, most)`
                 also takes at least `least` heads of each layer that has heads (all, where it has fewer); either may be
                 None. By default the ranking is global, as in the paper.
+            per_group (`int`, *optional*):
+                Take at most so many heads of one key/value group. Heads of a group share their keys and values, which
+                are trained once: with `per_group=1` each chosen head brings all of its weights. By default there is no
+                such bound.
             cost_aware (`bool`, *optional*, defaults to `False`):
                 Choose the heads for which the sum of their scores divided by the time of a training step is highest. The
                 backward pass ends at the lowest chosen layer `l`, so a step takes `1 + (L - l) / L` forward passes:
@@ -104,18 +121,34 @@ class HeadScores:
 
         Raises:
             `ValueError`: if `ratio` is not in (0, 1], there are not `k` heads, both are given, no choice of so many
-                heads keeps to `per_layer`, or the scores do not admit `cost_aware`.
+                heads keeps to `per_layer` and `per_group`, or the scores do not admit `cost_aware`.
         """
         count = number_of_heads(ratio, k, self.n_heads)
         least, most = layer_bounds(per_layer)
+        if per_group is not None and per_group < 1:
+            raise ValueError(f"`per_group` must be at least 1, got {per_group}.")
+        bounds = Bounds(least, most, math.inf if per_group is None else per_group, self._groups())
         if cost_aware:
             self._check_cost_aware()
-            cells = best_for_the_time(self.values, count, least, most)
+            cells = best_for_the_time(self.values, count, bounds)
         else:
-            cells = best_cells(self.values, count, least, most)
+            cells = best_cells(self.values, count, bounds)
         if cells is None:
-            raise self._unkept(f"`ratio`={ratio or 0.1}" if k is None else f"`k`={k}", count, per_layer)
+            asked = f"`ratio`={ratio or 0.1}" if k is None else f"`k`={k}"
+            if per_group is not None and best_cells(self.values, count, Bounds(least, most)) is not None:
+                raise ValueError(
+                    f"`per_group`={per_group} leaves fewer heads than the {count} of {self.n_heads} that {asked} asks "
+                    "for; raise `per_group` or ask for fewer heads."
+                )
+            raise self._unkept(asked, count, per_layer)
         return HeadSet((self.layers[row], head) for row, head in cells)
+
+    def _groups(self) -> torch.Tensor:
+        """The key/value group of each head within its row: shape (L, H), int64."""
+        sizes = [
+            h // g if g else 1 for h, g in zip((~self.values.isnan()).sum(1).tolist(), self.n_kv_heads, strict=True)
+        ]
+        return torch.arange(self.values.shape[1]) // torch.tensor(sizes)[:, None]
 
     def _unkept(self, asked: str, count: int, per_layer: int | tuple[int | None, int | None] | None) -> ValueError:
         """The error for bounds that no choice of `count` heads keeps to."""
@@ -180,7 +213,13 @@ class HeadScores:
     def to_dict(self) -> dict[str, Any]:
         """The scores as plain JSON types; [`HeadScores.from_dict`] reads them back."""
         rows = [[None if math.isnan(value) else value for value in row] for row in self.values.tolist()]
-        return {"format": _FORMAT, **asdict(self), "values": rows, "layers": list(self.layers)}
+        return {
+            "format": _FORMAT,
+            **asdict(self),
+            "values": rows,
+            "layers": list(self.layers),
+            "n_kv_heads": list(self.n_kv_heads),
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> HeadScores:

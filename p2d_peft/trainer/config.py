@@ -22,6 +22,8 @@ class P2DConfig(SFTConfig):
             Share of the attention heads to select, in (0, 1]. The paper takes 10 %.
         heads_per_layer (`int`, *optional*):
             Select at most so many heads of one layer. By default the ranking is global.
+        heads_per_group (`int`, *optional*):
+            Select at most so many of the heads that share their keys and values. By default there is no such bound.
         localize_method (`str`, *optional*, defaults to `"proxy"`):
             How heads are found: `"proxy"`, `"taylor"`, `"gate"`, `"fisher"`, `"gain"`, `"gain_sgd"`, `"agreement"`,
             `"ablation"`, `"trained"`, `"magnitude"` or `"random"`; see [`localize_heads`].
@@ -51,6 +53,10 @@ class P2DConfig(SFTConfig):
     heads_per_layer: Optional[int] = field(  # noqa: UP045
         default=None,
         metadata={"help": "Select at most so many heads of one layer. By default the ranking is global."},
+    )
+    heads_per_group: Optional[int] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "Select at most so many of the heads that share their keys and values."},
     )
     localize_method: LocalizeMethod = field(
         default="proxy",
@@ -96,8 +102,9 @@ class P2DConfig(SFTConfig):
         for name in ("head_ratio", "data_ratio"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be in (0, 1], got {getattr(self, name)}.")
-        if self.heads_per_layer is not None and self.heads_per_layer < 1:
-            raise ValueError(f"`heads_per_layer` must be at least 1, got {self.heads_per_layer}.")
+        for name in ("heads_per_layer", "heads_per_group"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for name, kind in (("localize_method", LocalizeMethod), ("scorer", ScorerName)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"`{name}` must be one of {list(get_args(kind))}, got {getattr(self, name)!r}.")

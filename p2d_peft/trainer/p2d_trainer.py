@@ -228,7 +228,9 @@ class P2DTrainer(SFTTrainer):
                         method=method,
                         seed=args.seed,
                     )
-                    heads = self.head_scores.top(args.head_ratio, per_layer=args.heads_per_layer)
+                    heads = self.head_scores.top(
+                        args.head_ratio, per_layer=args.heads_per_layer, per_group=args.heads_per_group
+                    )
                 logger.info("Localized %d heads by %s: %r", len(heads), method, heads)
             with self._clock.stage("select"):
                 selector = P2DDataSelector(

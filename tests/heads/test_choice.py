@@ -1,10 +1,11 @@
 import itertools
 import math
+from collections import Counter
 
 import pytest
 import torch
 
-from p2d_peft.heads.choice import best_cells, best_for_the_time, layer_bounds, number_of_heads
+from p2d_peft.heads.choice import Bounds, best_cells, best_for_the_time, layer_bounds, number_of_heads
 
 
 def tables():
@@ -36,7 +37,7 @@ BOUNDS = [(0, math.inf), (0, 1), (0, 2), (1, math.inf), (1, 2), (2, 2), (4, math
 def test_no_choice_within_the_bounds_has_a_higher_sum(least, most, count):
     for values in tables():
         choices = list(allowed(values, count, least, most))
-        found = best_cells(values, count, least, most)
+        found = best_cells(values, count, Bounds(least, most))
         if not choices:
             assert found is None
             continue
@@ -52,7 +53,7 @@ def test_no_choice_within_the_bounds_brings_more_for_the_time(least, most, count
         for lowest in range(3):
             step = 1 + (3 - lowest) / 3
             worth += [total(values, choice) / step for choice in allowed(values, count, least, most, lowest)]
-        found = best_for_the_time(values, count, least, most)
+        found = best_for_the_time(values, count, Bounds(least, most))
         if not worth:
             assert found is None
             continue
@@ -60,8 +61,26 @@ def test_no_choice_within_the_bounds_brings_more_for_the_time(least, most, count
         assert total(values, found) / step == pytest.approx(max(worth))
 
 
+@pytest.mark.parametrize("count", [1, 3, 5, 6])
+@pytest.mark.parametrize(("most", "per_group"), [(math.inf, 1), (2, 1), (3, 1), (math.inf, 2)])
+def test_no_choice_within_the_groups_has_a_higher_sum(most, per_group, count):
+    groups = torch.tensor([[0, 0, 1, 1]] * 3)
+    for values in tables():
+        choices = [
+            choice
+            for choice in allowed(values, count, 0, most)
+            if max(Counter((row, int(groups[row, head])) for row, head in choice).values()) <= per_group
+        ]
+        found = best_cells(values, count, Bounds(0, most, per_group, groups))
+        if not choices:
+            assert found is None
+            continue
+        assert tuple(sorted(found)) in {tuple(sorted(choice)) for choice in choices}
+        assert total(values, found) == pytest.approx(max(total(values, choice) for choice in choices))
+
+
 def test_of_equal_worth_the_cheaper_wins():
-    assert best_for_the_time(torch.zeros(3, 2), 1, 0, math.inf) == [(2, 0)]
+    assert best_for_the_time(torch.zeros(3, 2), 1, Bounds()) == [(2, 0)]
 
 
 def test_numbers_and_bounds_that_contradict_are_named():

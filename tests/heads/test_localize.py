@@ -249,3 +249,11 @@ def test_every_method_is_described():
     for text in (localize_heads.__doc__, P2DConfig.__doc__, PAGE.read_text(encoding="utf-8")):
         for method in METHODS:
             assert f'`"{method}"`' in text or f"| `{method}` |" in text, method
+
+
+def test_the_table_knows_the_groups():
+    assert localize_heads(tiny_model(), [random_batch()], method="random").n_kv_heads == (2,) * 3
+    jamba = localize_heads(LAYOUTS["jamba"].model(), [random_batch()], method="random")
+    geometry = ModelGeometry.of(LAYOUTS["jamba"].model())
+    assert jamba.n_kv_heads == tuple(geometry[n].n_kv_heads if n in geometry else 0 for n in geometry.rows)
+    assert 0 in jamba.n_kv_heads

@@ -155,3 +155,22 @@ def test_only_tables_of_the_same_heads_are_compared():
     for other in (scores([[0.1, 0.9]]), scores([[0.1, 0.9], [0.5, math.nan], [0.2, 0.8]]), text_to_text_scores()):
         with pytest.raises(ValueError, match="`other` is not a table of the same heads"):
             table.compare(other)
+
+
+def test_heads_of_one_group_can_be_kept_apart(tmp_path):
+    values = torch.tensor([[9.0, 8.0, 7.0, 6.0], [1.0, 5.0, math.nan, math.nan]])
+    scores = HeadScores(values, "taylor", n_kv_heads=(2, 1))
+    assert scores.top(k=3) == HeadSet([(0, 0), (0, 1), (0, 2)])
+    assert scores.top(k=3, per_group=1) == HeadSet([(0, 0), (0, 2), (1, 1)])
+    assert scores.top(k=2, per_group=1, per_layer=1) == HeadSet([(0, 0), (1, 1)])
+    with pytest.raises(ValueError, match=r"`per_group`=1 leaves fewer heads than the 4 of 6 that `k`=4 asks for"):
+        scores.top(k=4, per_group=1)
+    with pytest.raises(ValueError, match="`per_group` must be at least 1, got 0"):
+        scores.top(k=2, per_group=0)
+    scores.save(tmp_path / "scores.json")
+    assert HeadScores.load(tmp_path / "scores.json").n_kv_heads == (2, 1)
+    # by default each head is a group of its own
+    assert HeadScores(values, "taylor").top(k=3, per_group=1) == scores.top(k=3)
+    for wrong in ((3, 1), (2,), (2, 0)):
+        with pytest.raises(ValueError, match=r"`n_kv_heads` must be the number of key/value heads of each row"):
+            HeadScores(values, "taylor", n_kv_heads=wrong)

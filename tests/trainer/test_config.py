@@ -31,6 +31,7 @@ def test_works_with_trl_parser_flags_yaml_and_help(tmp_path, capsys):
         ("head_ratio", 0, r"`head_ratio` must be in \(0, 1\], got 0"),
         ("data_ratio", 1.5, r"`data_ratio` must be in \(0, 1\], got 1\.5"),
         ("heads_per_layer", 0, "`heads_per_layer` must be at least 1, got 0"),
+        ("heads_per_group", 0, "`heads_per_group` must be at least 1, got 0"),
         (
             "localize_method",
             "magic",
