@@ -93,7 +93,7 @@ def _late(scores: HeadScores, ratio: float) -> HeadSet:
     """As many heads as `top(ratio)`, all from the top third of the layers."""
     values = scores.values.clone()
     values[: len(values) - max(1, len(values) // 3)] = torch.nan
-    late = dataclasses.replace(scores, values=values)
+    late = dataclasses.replace(scores, values=values, n_kv_heads=())
     return late.top(_count(scores, ratio) / late.n_heads)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from p2d_peft import HeadScores
 from p2d_peft.files import read_json
+from p2d_peft.heads import comparison
 
 
 # in the output folder
@@ -43,15 +44,8 @@ def bootstrap(differences: list[float]) -> Row:
 def spearman(a: torch.Tensor, b: torch.Tensor) -> float | None:
     """Rank correlation over the entries that both have; None where all entries of one are the same."""
     both = ~(a.isnan() | b.isnan())
-    ranks = torch.stack([_ranks(a[both]), _ranks(b[both])])
-    correlation = float(torch.corrcoef(ranks)[0, 1])
+    correlation = comparison.spearman(a[both], b[both])
     return None if correlation != correlation else correlation
-
-
-def _ranks(values: torch.Tensor) -> torch.Tensor:
-    """Ranks from 1; equal values share the mean of theirs."""
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2).double()[inverse]
 
 
 def _groups(rows: Iterable[Row], *keys: str) -> dict[tuple, list[Row]]:

@@ -6,9 +6,9 @@ What selecting by `affinity` costs, next to the forward pass that it cannot do w
 Three arms take turns in one process, in an order drawn anew for each round:
 
 - `affinity`: `P2DDataSelector.score` on the pool, from its text: tokenizing, the target's rows and all else included;
-- `forward`: the bare forward pass without gradients over the very batches that `affinity` makes of the pool, up to and
-  including the deepest selected layer, without the LM head. The model is cut off there;
-- `unsorted`: the same, with rows in the order of the pool instead of sorted by length.
+- `forward`: the bare forward pass without gradients over the very batches that `affinity` makes of the pool and of the
+  target, up to and including the deepest selected layer, without the LM head. The model is cut off there;
+- `unsorted`: the same, with the pool's rows in its own order instead of sorted by length.
 
 A ratio is the median over the rounds of the ratio within a round. The heads are drawn at random from the lower part of
 the layers that `--depth` gives, of which the last is always among them.
@@ -112,7 +112,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     selector = P2DDataSelector(
         model, tokenizer, heads=heads, target=target, args=config, batch_size=args.batch_size, seed=args.seed
     )
-    samples = prepare_samples(pool, tokenizer, config)
+    samples, of_target = (prepare_samples(rows, tokenizer, config) for rows in (pool, target))
+    target_batches = [batch for _, batch in of_target.batches(args.batch_size, torch.device("cpu"))]
     bucketed = [batch for _, batch in samples.batches(args.batch_size, torch.device("cpu"))]
     unsorted = unsorted_batches(samples, args.batch_size)
     decoder = cut_off(model, max(heads.layers))
@@ -122,8 +123,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     seconds = time_rounds(
         {
             "affinity": lambda: selector.score(pool),
-            "forward": lambda: forward(decoder, bucketed),
-            "unsorted": lambda: forward(decoder, unsorted),
+            "forward": lambda: forward(decoder, bucketed + target_batches),
+            "unsorted": lambda: forward(decoder, unsorted + target_batches),
         },
         args.rounds,
         args.seed,
@@ -137,6 +138,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "machine": {**machine(), "load_average_before": load_before, "load_average_after": load_average()},
         "versions": versions(),
         "rows": len(samples),
+        "target_rows": len(of_target),
         "tokens": samples.n_tokens,
         "padded_tokens_bucketed": sum(batch["input_ids"].numel() for batch in bucketed),
         "padded_tokens_unsorted": sum(batch["input_ids"].numel() for batch in unsorted),

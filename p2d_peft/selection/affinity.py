@@ -39,7 +39,9 @@ def affinity(context: ScoringContext) -> Iterator[ScoreRows]:
                 outputs_BTHD = head_outputs(batch).float()
                 predicts_BT = functional.pad(labels[:, 1:] != -100, (0, 1)).to(outputs_BTHD)
                 with torch.autocast(context.device.type, enabled=False):  # sums of many tokens want their digits
-                    pooled_BHD = torch.einsum("bthd,bt->bhd", outputs_BTHD, predicts_BT)
+                    # as a product of matrices: einsum would first copy the outputs into another order
+                    pooled = predicts_BT[:, None] @ outputs_BTHD.flatten(2)
+                pooled_BHD = pooled[:, 0].unflatten(1, outputs_BTHD.shape[2:])
                 parts.update(zip(indices, functional.normalize(pooled_BHD, dim=-1).flatten(1).cpu(), strict=True))
             return torch.stack([parts[index] for index in range(len(samples))])
 

@@ -213,7 +213,7 @@ class ScoringEngine:
     def _fingerprint(self, sample: Samples | None, target: Samples | None) -> dict[str, str]:
         named = {
             "per_target": str(self.per_target),
-            "scoring": str(Hasher.hash(self.scorer.open)),
+            "scorer_options": self.scorer.options,
             "formatting_func": str(Hasher.hash(self.formatting_func)),
         }
         return named | run_fingerprint(

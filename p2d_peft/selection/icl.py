@@ -9,6 +9,7 @@ from functools import partial
 from typing import TypeAlias
 
 import torch
+from datasets.fingerprint import Hasher
 from torch.nn import functional
 from transformers import DynamicCache
 
@@ -49,7 +50,9 @@ def icl_scorer(metric: Metric) -> Scorer:
     >>> scorer = icl_scorer(lambda answer, right: float(answer == right))
     ```
     """
-    return Scorer("icl", partial(icl, metric=metric), needs_heads=True, needs_target=True)
+    return Scorer(
+        "icl", partial(icl, metric=metric), needs_heads=True, needs_target=True, options=str(Hasher.hash(metric))
+    )
 
 
 @contextmanager

@@ -101,6 +101,8 @@ class Scorer:
         needs_sample (`bool`, *optional*, defaults to `False`): Whether it needs a sample of the pool.
         passes (`int`, *optional*, defaults to 1): How often a row passes through [`ScoringContext.batches`].
         whole_pool (`bool`, *optional*, defaults to `False`): Whether all samples of the pool have to be in one call.
+        options (`str`, *optional*, defaults to `""`): What its scores depend on beside the context and its name. Where
+            name and options are those of an earlier run, scores in a `cache_dir` are taken over.
     """
 
     name: str
@@ -110,3 +112,4 @@ class Scorer:
     needs_sample: bool = False
     passes: int = 1
     whole_pool: bool = False
+    options: str = ""

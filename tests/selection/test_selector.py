@@ -250,7 +250,7 @@ def test_an_earlier_score_is_replaced():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"scorer": "magic"}, r"`scorer` must be one of 'affinity', 'bm25', .*, 'rds', got 'magic'"),
+        ({"scorer": "magic"}, r"`scorer` must be one of 'affinity', 'bm25', .*, 'rds', or a `Scorer`, got 'magic'"),
         (
             {"ratio": 0.1, "num_samples": 3},
             r"only one of `ratio`, `num_samples` and `max_tokens`, got {'ratio': 0\.1, 'num_samples': 3}",
