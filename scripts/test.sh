@@ -4,4 +4,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 bash scripts/environment.sh "$venv" test,quickstart,bitsandbytes
-exec "$venv/bin/python" -m pytest "$@"
+# one process a core, of one thread each: several threads in several processes slow one another
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec "$venv/bin/python" -m pytest -n "${JOBS:-auto}" "$@"
