@@ -10,6 +10,7 @@ The arms of a step (forward, backward, AdamW) train
 
 - `head_sparse_anywhere`: 10 % of the heads, drawn from all layers;
 - `head_sparse_top_third`: as many heads, drawn from the top third of the layers;
+- `head_sparse_qo_*`: the same heads without their groups' keys and values (`share_kv=False`);
 - `lora_r16`, `shira_r16`: q, k, v and o of all layers, r = 16;
 - `lora_matched_*`: LoRA with as many trained weights as the HeadSparse arm of that name (rounded down to a whole r),
   on all layers or on the top third;
@@ -127,6 +128,7 @@ def build_arms(base: nn.Module, heads: dict[str, HeadSet], r: int) -> list[Arm]:
         arms.append(floor(f"floor_{where}", base, lowest))
         arm = adapted(f"head_sparse_{where}", base, HeadSparseConfig(heads=chosen), lowest)
         arms.append(arm)
+        arms.append(adapted(f"head_sparse_qo_{where}", base, HeadSparseConfig(heads=chosen, share_kv=False), lowest))
         in_reach = [name for name in targets if where == "anywhere" or _layer_of(geometry, name) >= lowest]
         a_rank = sum(sum(base.get_submodule(name).weight.shape) for name in set(in_reach))
         matched_r = max(1, sum(parameter.numel() for parameter in arm.trained) // a_rank)
@@ -335,7 +337,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         summary[arm.name].update(lowest_layer=arm.lowest, **measure_memory(arm, batch))
         if arm.name != "full":
             summary[arm.name]["speedup_over_full"] = ratio(seconds, "full", arm.name)
-    pairs = [(f"head_sparse_{where}", f"floor_{where}") for where in heads]
+    pairs = [(f"head_sparse_{kind}{where}", f"floor_{where}") for where in heads for kind in ("", "qo_")]
     pairs += [
         (f"head_sparse_{where}", other)
         for where in heads

@@ -42,7 +42,7 @@ def test_all_arms_are_there(numbers):
     arms = numbers["arms"]
     where = ("anywhere", "top_third")
     assert set(arms) == {"full", "lora_r16", "shira_r16"} | {
-        f"{kind}_{place}" for kind in ("floor", "head_sparse", "lora_matched") for place in where
+        f"{kind}_{place}" for kind in ("floor", "head_sparse", "head_sparse_qo", "lora_matched") for place in where
     }
     for place in where:
         assert arms[f"floor_{place}"]["trained_parameters"] == 0
@@ -51,6 +51,9 @@ def test_all_arms_are_there(numbers):
             0
             < arms[f"lora_matched_{place}"]["trained_parameters"]
             <= arms[f"head_sparse_{place}"]["trained_parameters"]
+        )
+        assert (
+            arms[f"head_sparse_qo_{place}"]["trained_parameters"] < arms[f"head_sparse_{place}"]["trained_parameters"]
         )
     assert arms["head_sparse_top_third"]["lowest_layer"] >= 4
     assert arms["full"]["trained_parameters"] == sum(p.numel() for p in tiny_model(num_hidden_layers=6).parameters())
