@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import peft
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import PreTrainedModel
 
 
@@ -47,3 +51,10 @@ def assert_unchanged(model: PreTrainedModel, before: dict) -> None:
     for part in ("requires_grad", "training", "hooks", "config", "attention"):
         assert after[part] == before[part], part
     assert torch.equal(after["rng"], before["rng"])
+
+
+# transformers 5.24 has other needs for its own methods (`add_adapter` and its kin) than for the rest
+needs_own_adapter_methods = pytest.mark.skipif(
+    Version(transformers.__version__) >= Version("5.24") and Version(peft.__version__) < Version("0.22"),
+    reason="the adapter methods of transformers 5.24 demand peft 0.22",
+)

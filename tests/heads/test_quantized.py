@@ -4,43 +4,29 @@ from typing import get_args
 
 import pytest
 import torch
-import transformers
 
 from p2d_peft.heads import localize_heads
 from p2d_peft.heads.localize import LocalizeMethod
 
+from ..quantized_models import SCHEMES, SIZES, load_quantized, save_base
 from ..tiny_models import random_batch, tiny_model
 
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore:.*MatMul8bitLt")
-
-# blocks of 64 weights: the hidden size is a multiple of that
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-SCHEMES = {
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
-    "int8": {"load_in_8bit": True},
-}
 WITHOUT_WEIGHTS = ("gate", "ablation", "random")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    tiny_model(**SIZES).save_pretrained(folder)
-    return folder
-
-
-def load(folder, scheme):
-    config = transformers.BitsAndBytesConfig(**SCHEMES[scheme])
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
+    return save_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.mark.parametrize("method", ["gate", "ablation"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_methods_that_look_at_no_weights_give_about_the_scores_of_the_unquantized_model(scheme, method, folder):
     batch = random_batch(rows=4)
-    model = load(folder, scheme).eval()
+    model = load_quantized(folder, scheme).eval()
     with torch.no_grad():
         before = model(**batch).logits
     parameters = {name: (parameter, parameter._version) for name, parameter in model.named_parameters()}
@@ -58,4 +44,4 @@ def test_methods_that_look_at_no_weights_give_about_the_scores_of_the_unquantize
 @pytest.mark.parametrize("method", [method for method in get_args(LocalizeMethod) if method not in WITHOUT_WEIGHTS])
 def test_the_others_say_what_they_need(method, folder):
     with pytest.raises(ValueError, match=rf"`method`='{method}' needs floating-point weights, but .*'gate' or 'ablat"):
-        localize_heads(load(folder, "nf4"), [random_batch()], method=method)
+        localize_heads(load_quantized(folder, "nf4"), [random_batch()], method=method)

@@ -16,6 +16,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
 
 from p2d_peft.tuners import HeadSparseConfig
+from tests.model_checks import needs_own_adapter_methods
 from tests.tiny_models import random_batch, tiny_model
 from tests.tuners.head_sparse.test_layer import bits
 from tests.tuners.head_sparse.test_model import HEADS, attach, layers_of, logits, randomize
@@ -60,6 +61,7 @@ def test_compiles_into_one_graph(r):
         torch.testing.assert_close(compiled_gradients["_orig_mod." + name], gradient, atol=1e-6, rtol=1e-4)
 
 
+@needs_own_adapter_methods
 def test_transformers_own_adapter_methods(tmp_path):
     base = tiny_model()
     expected_base = logits(base)

@@ -17,6 +17,7 @@ from torch import nn
 from p2d_peft.tuners import HeadSparseConfig
 from p2d_peft.tuners.head_sparse import lora as lora_module
 from p2d_peft.tuners.head_sparse.lora import convert_to_lora, lora_report, save_as_lora
+from tests.model_checks import needs_own_adapter_methods
 from tests.tiny_models import ARCHITECTURES, random_batch, tiny_model
 from tests.tuners.head_sparse.test_model import (
     HEADS,
@@ -288,6 +289,7 @@ def test_tied_embeddings_stay_tied(tmp_path):
     assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
 
 
+@needs_own_adapter_methods
 def test_a_transformers_model_with_an_adapter_of_its_own(tmp_path):
     model = tiny_model()
     model.add_adapter(HeadSparseConfig(heads=HEADS, init_weights=False))

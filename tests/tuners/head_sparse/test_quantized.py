@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-import transformers
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.utils.quantization_utils import Bnb4bitBackend, Bnb8bitBackend, ForwardOnlyQuantizationBackend
 from torch import nn
 
 from p2d_peft.tuners import HeadSparseConfig, HeadSparseLayer
 from p2d_peft.tuners.head_sparse import Linear, WeightSlice
-from tests.tiny_models import random_batch, tiny_model
+from tests.quantized_models import SCHEMES, load_quantized, save_base
+from tests.tiny_models import random_batch
 from tests.tuners.head_sparse.test_layer import bits
 from tests.tuners.head_sparse.test_model import layers_of, logits, randomize
 
@@ -18,38 +18,22 @@ bnb = pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated", "ignore:.*MatMul8bitLt")
 
 HEADS = {0: [1], 2: [0, 3]}
-# blocks of 64 weights: the hidden size is a multiple of that
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-SCHEMES = {
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
-    "nf4, double": {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": torch.float32,
-    },
-    "int8": {"load_in_8bit": True},
-}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    tiny_model(**SIZES).save_pretrained(folder)
-    return folder
-
-
-def load(folder, scheme):
-    config = transformers.BitsAndBytesConfig(**SCHEMES[scheme])
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
+    return save_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.mark.parametrize("r", [None, 2])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_train_save_and_load(scheme, r, folder, tmp_path):
     config = HeadSparseConfig(heads=HEADS, r=r)
-    assert torch.equal(bits(logits(get_peft_model(load(folder, scheme), config))), bits(logits(load(folder, scheme))))
-    model = get_peft_model(load(folder, scheme), config).train()
+    assert torch.equal(
+        bits(logits(get_peft_model(load_quantized(folder, scheme), config))),
+        bits(logits(load_quantized(folder, scheme))),
+    )
+    model = get_peft_model(load_quantized(folder, scheme), config).train()
     backend = Bnb8bitBackend if scheme == "int8" else Bnb4bitBackend
     for layer in layers_of(model):
         assert isinstance(layer.quantization_backend, backend)
@@ -69,13 +53,13 @@ def test_train_save_and_load(scheme, r, folder, tmp_path):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
 
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(load(folder, scheme), tmp_path)
+    loaded = PeftModel.from_pretrained(load_quantized(folder, scheme), tmp_path)
     assert torch.equal(bits(logits(loaded)), bits(logits(model.eval())))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_merge_is_as_exact_as_the_quantization(scheme, folder):
-    model = randomize(get_peft_model(load(folder, scheme), HeadSparseConfig(heads=HEADS)), std=0.1)
+    model = randomize(get_peft_model(load_quantized(folder, scheme), HeadSparseConfig(heads=HEADS)), std=0.1)
     layer = model.get_submodule("base_model.model.model.layers.2.self_attn.q_proj")
     logits(model)  # from here on bitsandbytes may keep its 4-bit weights in another order
     exact = layer.get_base_weight().clone()
@@ -96,7 +80,7 @@ def test_merge_is_as_exact_as_the_quantization(scheme, folder):
 
 
 def test_safe_merge_finds_nan_before_a_weight_is_quantized_again(folder):
-    model = get_peft_model(load(folder, "nf4"), HeadSparseConfig(heads=HEADS))
+    model = get_peft_model(load_quantized(folder, "nf4"), HeadSparseConfig(heads=HEADS))
     with torch.no_grad():
         layers_of(model)[-1].head_sparse_delta["default"][0, 0] = float("nan")
     before = [layer.base_layer.weight.clone() for layer in layers_of(model)]
@@ -106,7 +90,7 @@ def test_safe_merge_finds_nan_before_a_weight_is_quantized_again(folder):
 
 
 def test_kbit_training_with_gradient_checkpointing(folder):
-    base = prepare_model_for_kbit_training(load(folder, "nf4, double"))
+    base = prepare_model_for_kbit_training(load_quantized(folder, "nf4, double"))
     model = get_peft_model(base, HeadSparseConfig(heads=HEADS)).train()
     model(**random_batch()).loss.backward()
     assert all(p.grad is not None and p.grad.count_nonzero() for p in model.parameters() if p.requires_grad)
