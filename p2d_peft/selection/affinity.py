@@ -9,7 +9,6 @@ import torch
 from torch.nn import functional
 
 from .head_outputs import captured_head_outputs
-from .samples import Samples
 from .scoring import Scorer, ScoreRows, ScoringContext
 from .similarity import similarity_to_target
 
@@ -31,21 +30,18 @@ def affinity(context: ScoringContext) -> Iterator[ScoreRows]:
     assert context.heads is not None
     with captured_head_outputs(context.model, context.heads) as head_outputs:
 
-        def features(samples: Samples) -> torch.Tensor:
-            """Shape (samples, heads * D), float32, on the CPU."""
-            parts: dict[int, torch.Tensor] = {}
-            for indices, batch in context.batches(samples):
-                labels = batch.pop("labels")
-                outputs_BTHD = head_outputs(batch).float()
-                predicts_BT = functional.pad(labels[:, 1:] != -100, (0, 1)).to(outputs_BTHD)
-                with torch.autocast(context.device.type, enabled=False):  # sums of many tokens want their digits
-                    # as a product of matrices: einsum would first copy the outputs into another order
-                    pooled = predicts_BT[:, None] @ outputs_BTHD.flatten(2)
-                pooled_BHD = pooled[:, 0].unflatten(1, outputs_BTHD.shape[2:])
-                parts.update(zip(indices, functional.normalize(pooled_BHD, dim=-1).flatten(1).cpu(), strict=True))
-            return torch.stack([parts[index] for index in range(len(samples))])
+        def features(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            """Shape (B, heads * D), float32."""
+            labels = batch.pop("labels")
+            outputs_BTHD = head_outputs(batch).float()
+            predicts_BT = functional.pad(labels[:, 1:] != -100, (0, 1)).to(outputs_BTHD)
+            with torch.autocast(context.device.type, enabled=False):  # sums of many tokens want their digits
+                # as a product of matrices: einsum would first copy the outputs into another order
+                pooled = predicts_BT[:, None] @ outputs_BTHD.flatten(2)
+            pooled_BHD = pooled[:, 0].unflatten(1, outputs_BTHD.shape[2:])
+            return functional.normalize(pooled_BHD, dim=-1).flatten(1)
 
-        yield similarity_to_target(context, features, centred=True)
+        yield similarity_to_target(context, lambda samples: context.of_each(samples, features), centred=True)
 
 
 SCORER = Scorer("affinity", affinity, needs_heads=True, needs_target=True, needs_sample=True)

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from ..model_state import preserved_state
 from .head_gradients import ProjectedGradient, head_gradients
-from .samples import Samples
 from .scoring import Scorer, ScoreRows, ScoringContext
 from .similarity import similarity_to_target
 
@@ -41,14 +38,7 @@ def gradient(context: ScoringContext) -> Iterator[ScoreRows]:
         for parameter in context.model.parameters():
             parameter.requires_grad = False
 
-        def features(samples: Samples) -> torch.Tensor:
-            """Shape (samples, features of all slices), float32, on the CPU."""
-            parts: dict[int, torch.Tensor] = {}
-            for indices, batch in context.batches(samples):
-                parts.update(zip(indices, gradients_of(batch), strict=True))
-            return torch.stack([parts[index] for index in range(len(samples))])
-
-        yield similarity_to_target(context, features, centred=False)
+        yield similarity_to_target(context, lambda samples: context.of_each(samples, gradients_of), centred=False)
 
 
 SCORER = Scorer("gradient", gradient, needs_heads=True, needs_target=True)

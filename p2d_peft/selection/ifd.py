@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from .losses import losses_of
+from .pool import shortened
 from .samples import Samples
 from .scoring import RowScores, Scorer, ScoreRows, ScoringContext
 
@@ -43,10 +44,9 @@ def ifd(context: ScoringContext) -> Iterator[ScoreRows]:
     def score(samples: Samples) -> RowScores:
         bare = [row for row, labels in zip(samples.rows, samples.labels, strict=True) if labels[0] != -100]
         if bare:
-            named = ", ".join(map(str, bare[:10])) + (f" and {len(bare) - 10} more" if len(bare) > 10 else "")
             raise ValueError(
                 "`scorer`='ifd' compares answers with and without their prompts, but in the `pool` all tokens count "
-                f"from the first one on in rows {named}. Give prompts and completions in columns of their own, set "
+                f"from the first one on in rows {shortened(bare)}. Give prompts and completions in columns of their own, set "
                 "`assistant_only_loss=True` in `args`, or use 'perplexity'."
             )
         ratio = losses_of(context, samples) / losses_of(context, answers_alone(samples)).clamp(min=_LEAST_LOSS)

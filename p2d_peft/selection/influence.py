@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
 
 from ..heads import HeadSet, ModelGeometry
+from ..heads.gates import gated
 from .losses import losses_of
 from .samples import Samples
 from .scoring import RowScores, Scorer, ScoreRows, ScoringContext
@@ -19,8 +19,7 @@ from .scoring import RowScores, Scorer, ScoreRows, ScoringContext
 _LEAST_LOSS = 1e-6
 
 
-@contextmanager
-def heads_off(model: nn.Module, heads: HeadSet) -> Iterator[None]:
+def heads_off(model: nn.Module, heads: HeadSet) -> AbstractContextManager[None]:
     """
     Context in which heads put out nothing: their columns of the output projection's input are zero.
 
@@ -29,20 +28,10 @@ def heads_off(model: nn.Module, heads: HeadSet) -> Iterator[None]:
         heads (`HeadSet`): The heads to switch off; all of them have to be there.
     """
     geometry = ModelGeometry.of(model)
-
-    def without(columns: torch.Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-        def drop(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (args[0].index_fill(-1, columns.to(args[0].device), 0), *args[1:])
-
-        return drop
-
-    with ExitStack() as hooks:
-        for layer, chosen in heads.by_layer().items():
-            units = geometry[layer].o
-            output_projection = model.get_submodule(units.module)
-            hook = without(units.indices(chosen))
-            hooks.callback(output_projection.register_forward_pre_hook(hook).remove)
-        yield
+    gates = {layer: torch.ones(1, geometry[layer].n_heads) for layer in heads.layers}
+    for layer, head in heads:
+        gates[layer][0, head] = 0
+    return gated(model, geometry, gates)
 
 
 @contextmanager

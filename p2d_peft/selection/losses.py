@@ -18,7 +18,4 @@ def label_losses(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Ten
 
 def losses_of(context: ScoringContext, samples: Samples) -> torch.Tensor:
     """The mean loss of each sample, in one forward pass: shape (len(samples),), float32, nats a token, on the CPU."""
-    losses = torch.empty(len(samples))
-    for indices, batch in context.batches(samples):
-        losses[indices] = sample_losses(context.model, batch).cpu()
-    return losses
+    return context.of_each(samples, lambda batch: sample_losses(context.model, batch)).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -84,3 +85,8 @@ def extremes(pool: Dataset, scores: torch.Tensor, n: int = 10) -> Dataset:
     chosen = order if len(order) <= 2 * n else order[:n] + order[-n:]
     shown = kept_rows(pool.select(chosen), scores[chosen].tolist())
     return shown.remove_columns([c for c in shown.column_names if c == "p2d_row"]).add_column("p2d_row", chosen)
+
+
+def shortened(rows: Sequence[int], most: int = 10) -> str:
+    """The numbers of rows, for messages."""
+    return ", ".join(map(str, rows[:most])) + (f" and {len(rows) - most} more" if len(rows) > most else "")

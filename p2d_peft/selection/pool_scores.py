@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from .pool import shortened
 from .report import ScoringReport
 from .shards import ScoredShard
 
@@ -83,7 +83,7 @@ def put_together(
             "%d of %d rows of the pool have no token that counts and will not be selected: rows %s.",
             len(report.uncounted_rows),
             len(scores),
-            _shortened(report.uncounted_rows),
+            shortened(report.uncounted_rows),
         )
     if report.n_truncated:
         logger.info(
@@ -96,7 +96,7 @@ def put_together(
     if bad:
         raise ValueError(
             f"`scorer`={scorer!r} gave no finite score to {len(bad)} of {len(scores)} rows of the pool: "
-            f"rows {_shortened(bad)}. The model's outputs are not finite on them."
+            f"rows {shortened(bad)}. The model's outputs are not finite on them."
         )
     values = scores[counted]
     if len(values) > 1 and bool((values == values[0]).all()):
@@ -112,7 +112,3 @@ def nothing_counts(name: str, max_length: int | None) -> str:
         f"No row of `{name}` has a token that counts (a label other than -100); check its contents, "
         f"`max_length`={max_length} and the loss masks."
     )
-
-
-def _shortened(rows: Sequence[int], most: int = 10) -> str:
-    return ", ".join(map(str, rows[:most])) + (f" and {len(rows) - most} more" if len(rows) > most else "")

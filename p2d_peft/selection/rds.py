@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
-from .samples import Samples
 from .scoring import Scorer, ScoreRows, ScoringContext
 from .similarity import similarity_to_target
 
@@ -38,21 +37,17 @@ def rds(context: ScoringContext) -> Iterator[ScoreRows]:
         )
     without_head = causal_lm.base_model
 
-    def features(samples: Samples) -> torch.Tensor:
-        """Shape (samples, hidden size), float32, on the CPU."""
-        parts: dict[int, torch.Tensor] = {}
-        for indices, batch in context.batches(samples):
-            mask_BT = batch["attention_mask"]
-            hidden_BTE = without_head(
-                input_ids=batch["input_ids"], attention_mask=mask_BT, use_cache=False
-            ).last_hidden_state.float()
-            weights_BT = (mask_BT.cumsum(1) * mask_BT).to(hidden_BTE)
-            with torch.autocast(context.device.type, enabled=False):  # sums of many tokens want their digits
-                pooled_BE = torch.einsum("bte,bt->be", hidden_BTE, weights_BT / weights_BT.sum(1, keepdim=True))
-            parts.update(zip(indices, pooled_BE.cpu(), strict=True))
-        return torch.stack([parts[index] for index in range(len(samples))])
+    def features(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Shape (B, hidden size), float32."""
+        mask_BT = batch["attention_mask"]
+        hidden_BTE = without_head(
+            input_ids=batch["input_ids"], attention_mask=mask_BT, use_cache=False
+        ).last_hidden_state.float()
+        weights_BT = (mask_BT.cumsum(1) * mask_BT).to(hidden_BTE)
+        with torch.autocast(context.device.type, enabled=False):  # sums of many tokens want their digits
+            return torch.einsum("bte,bt->be", hidden_BTE, weights_BT / weights_BT.sum(1, keepdim=True))
 
-    yield similarity_to_target(context, features, centred=False)
+    yield similarity_to_target(context, lambda samples: context.of_each(samples, features), centred=False)
 
 
 SCORER = Scorer("rds", rds, needs_heads=False, needs_target=True)

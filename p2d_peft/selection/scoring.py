@@ -55,6 +55,22 @@ class ScoringContext:
             yield indices, batch
             self.progress(len(indices), n_tokens)
 
+    def of_each(self, samples: Samples, of_batch: Callable[[dict[str, torch.Tensor]], torch.Tensor]) -> torch.Tensor:
+        """
+        What a function says of each sample, batch by batch.
+
+        Args:
+            samples (`Samples`): The samples, n of them.
+            of_batch (`Callable`): From a batch, as [`~ScoringContext.batches`] gives it, to a tensor of shape (B, ...).
+
+        Returns:
+            `torch.Tensor`: shape (n, ...), in the order of the samples, on the CPU.
+        """
+        parts: dict[int, torch.Tensor] = {}
+        for indices, batch in self.batches(samples):
+            parts.update(zip(indices, of_batch(batch).cpu(), strict=True))
+        return torch.stack([parts[index] for index in range(len(samples))])
+
     def generator(self, samples: Samples) -> torch.Generator:
         """A random number generator for these samples: the same for the same seed and rows, whatever came before."""
         return torch.Generator().manual_seed(hash((self.seed, samples.rows[0])) % 2**63)
