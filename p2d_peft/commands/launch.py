@@ -40,13 +40,8 @@ def launch_arguments(unknown: list[str], command: list[str]) -> argparse.Namespa
     several = torch.accelerator.device_count() > 1
     if not unknown and not several and not os.path.isfile(default_config_file):
         return None
-    arguments = [
-        # All processes run the model before it is sharded, so each has to load the whole of it.
-        *("--fsdp_cpu_ram_efficient_loading", "false"),
-        *resolve_accelerate_config_argument(unknown),
-        *("--module", "p2d_peft.cli"),
-    ]
-    known, left = launch_command_parser().parse_known_args([*arguments, *command])
+    arguments = [*resolve_accelerate_config_argument(unknown), "--module", "p2d_peft.cli", *command]
+    known, left = launch_command_parser().parse_known_args(arguments)
     if left or known.training_script != "p2d_peft.cli":
         raise ValueError(f"Neither `p2d sft` nor `accelerate launch` knows {' '.join(left or unknown)}.")
     return known

@@ -28,15 +28,10 @@ def test_with_nothing_to_launch_nothing_is_launched(monkeypatch, tmp_path):
 def test_the_launcher_gets_its_flags_and_the_processes_get_all():
     unknown = ["--accelerate_config", "fsdp2", "--num_processes", "2"]
     command = ["sft", "--learning_rate", "1e-3", *unknown]
-    arguments, config, _ = _validate_launch_command(launch_arguments(unknown, command))
+    arguments, *_ = _validate_launch_command(launch_arguments(unknown, command))
     assert (arguments.training_script, arguments.training_script_args) == ("p2d_peft.cli", command)
     assert arguments.module and arguments.num_processes == 2
     assert arguments.use_fsdp and str(arguments.fsdp_version) == "2" and arguments.mixed_precision == "bf16"
-    # TRL's file would have rank 0 alone load the weights
-    assert config.fsdp_config["fsdp_cpu_ram_efficient_loading"] is True
-    assert arguments.fsdp_cpu_ram_efficient_loading == "false"
-    arguments = launch_arguments([*unknown, "--fsdp_cpu_ram_efficient_loading", "true"], command)
-    assert _validate_launch_command(arguments)[0].fsdp_cpu_ram_efficient_loading == "true"
 
 
 @pytest.mark.parametrize("unknown", [["--learning_rte", "1e-3"], ["--quickly"]])
