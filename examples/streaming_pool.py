@@ -16,6 +16,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
 parser.add_argument("--pool", default="trl-lib/Capybara", help="a file, or a name on the Hub with :split")
 parser.add_argument("--rows", type=int, default=10_000, help="how many rows of the stream to look at (%(default)s)")
+parser.add_argument("--steps", type=int, default=200, help="of training; a stream has no length, so no epochs")
 parser.add_argument("--target", default="trl-lib/Capybara:test", help="a few samples of the task, likewise")
 parser.add_argument("--output-dir", default="streaming-pool")
 args = parser.parse_args()
@@ -25,6 +26,7 @@ trainer = P2DTrainer(
     args=P2DConfig(
         output_dir=args.output_dir,
         data_ratio=0.05,
+        max_steps=args.steps,
         learning_rate=2e-3,
         use_cpu=not torch.accelerator.is_available(),
     ),
