@@ -10,6 +10,10 @@ from typing import Any
 from .run_report import P2DReport
 
 
+# a space that no line is broken at: "14:" and its value stay together
+_UNBROKEN = "\N{NO-BREAK SPACE}"
+
+
 def report_text(report: P2DReport, width: int = 100) -> str:
     """
     A report as a table of two columns, one line (or, where it is long, several) for each field.
@@ -23,10 +27,11 @@ def report_text(report: P2DReport, width: int = 100) -> str:
     """
     fields = {field.name.replace("_", " "): getattr(report, field.name) for field in dataclasses.fields(report)}
     indent = max(map(len, fields)) + 2
-    return "\n".join(
+    lines = (
         textwrap.fill(_shown(value), width, initial_indent=f"{name:{indent}}", subsequent_indent=" " * indent)
         for name, value in fields.items()
     )
+    return "\n".join(lines).replace(_UNBROKEN, " ")
 
 
 def _shown(value: Any) -> str:
@@ -40,7 +45,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.4g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name}: {_shown(entry)}" for name, entry in value.items())
+        return ", ".join(f"{name}:{_UNBROKEN}{_shown(entry)}" for name, entry in value.items())
     if isinstance(value, (list, tuple)):
         return " ".join(map(_shown, value))
     return str(value)

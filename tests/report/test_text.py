@@ -17,3 +17,4 @@ def test_every_field_has_a_line_and_none_is_too_long():
     assert re.search(r"^pool tokens +1,234,567$", text, re.MULTILINE)
     assert re.search(r"^aer +-$", text, re.MULTILINE)
     assert "0: 0 3 7, 1: 0 3 7" in text and "29: 0 3 7" in text
+    assert not re.search(r":$", text, re.MULTILINE)  # no line ends between a name and its value
