@@ -12,7 +12,10 @@ from p2d_peft import P2DTrainer as SFTTrainer
 
 
 def main(script_args, training_args, model_args):
-    training_args.model_init_kwargs = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    training_args.model_init_kwargs = {
+        "dtype": model_args.dtype,
+        "attn_implementation": model_args.attn_implementation,
+    }
     rows = load_dataset("json", data_files=script_args.dataset_name, split=script_args.dataset_train_split)
     split = rows.train_test_split(test_size=0.1, seed=training_args.seed)
 
