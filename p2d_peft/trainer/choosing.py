@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset
 
 from ..heads import HeadScores, HeadSet, localize_heads
@@ -57,7 +58,7 @@ def choose(trainer: P2DTrainer) -> P2DState:
     pool = tokenized(trainer, trainer.train_dataset)
     selects = trainer.selector is not None or args.data_ratio < 1
     heads, method = trainer.heads, None
-    with trainer.accelerator.autocast():
+    with trainer.accelerator.autocast(), _without_virtual_tokens(trainer.model):
         if heads is None and trainer.wants_heads:
             with trainer._clock.stage("localize"):
                 trainer.head_scores = _localize(trainer, pool)
@@ -76,8 +77,20 @@ def choose(trainer: P2DTrainer) -> P2DState:
     state = P2DState(heads, method, pool_rows=n_rows, pool_tokens=n_tokens, selected_tokens=n_tokens)
     if selects:
         _note_selection(state, selector)
-    state.reference = find_reference(trainer, pool, state.pool_rows, state.pool_tokens)
+    with _without_virtual_tokens(trainer.model):
+        state.reference = find_reference(trainer, pool, state.pool_rows, state.pool_tokens)
     return state
+
+
+def _without_virtual_tokens(model: Any) -> AbstractContextManager[None]:
+    """
+    Context without the prompt that prompt learning puts in front of each row: it is random before it is trained, and the
+    model's positions are not those of the row's tokens.
+    """
+    if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+        disabled: AbstractContextManager[None] = model.disable_adapter()
+        return disabled
+    return nullcontext()
 
 
 def _note_selection(state: P2DState, selector: P2DDataSelector) -> None:

@@ -193,7 +193,7 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             )
         if config is not None and known_tokens:
             if added := sorted(set(vocabulary(self._tokenizer).values()) - set(known_tokens.values())):
-                learn_tokens(config, added)
+                learn_tokens(config, added, self.model)
         if heads is None and config is not None and config.heads is not None:
             heads = config.head_set(ModelGeometry.of(self.model))
         if heads is None and is_peft_model(self.model):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -134,6 +134,16 @@ class TestSelector:
         run = short_run(tmp_path, pool=self.pool(), selector=selector)
         run.train()
         assert run.train_dataset["prompt"][:] == expected
+
+
+def test_a_prompt_is_learnt_on_rows_that_were_scored_without_it(tmp_path):
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    run = trainer(tmp_path, peft_config=prompt, changes={"max_steps": 1})
+    run.train()
+    before = trainer(tmp_path, peft_config=LoraConfig(target_modules=["q_proj"]), changes={"max_steps": 1})
+    before.train()  # an adapter that begins as nothing scores as the model does
+    assert run.heads == before.heads and run.train_dataset["input_ids"][:] == before.train_dataset["input_ids"][:]
+    assert run.report.reference_seconds > 0
 
 
 def test_tokens_of_a_cloned_chat_template_are_learnt(tmp_path):
