@@ -19,7 +19,7 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
-from ..efficiency import StageClock
+from ..efficiency import StageClock, StageCosts
 from ..heads import HeadScores, HeadSet, ModelGeometry, localize_heads
 from ..report import P2DReport
 from ..report.run_report import REPORT_NAME
@@ -28,8 +28,10 @@ from ..selection.pool import kept_rows
 from ..selection.selector import needs_heads
 from ..tuners import HeadSparseConfig
 from .config import P2DConfig
-from .reference import count_tokens, find_reference, training_batches
+from .estimate import estimate_run
+from .reference import count_tokens, find_reference, given_reference, training_batches
 from .reporting import make_report, report_metrics
+from .run_estimate import RunEstimate
 from .state import P2DState
 
 
@@ -188,22 +190,26 @@ class P2DTrainer(SFTTrainer):
             `ValueError`: if the checkpoint to resume from is not one of P2DTrainer's, or belongs to another pool.
         """
         if not self.args.p2d:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            self._clock.set(StageCosts())
+            if resume_from_checkpoint:  # what the steps before took is not known, so there is nothing to report
+                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            with self._clock.stage("train", tokens=self._trained_tokens):
+                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if resume_from_checkpoint:
             checkpoint = resume_from_checkpoint
             if checkpoint is True:
                 checkpoint = get_last_checkpoint(self.args.output_dir)
                 if checkpoint is None:
                     raise ValueError(f"No checkpoint to resume from was found in '{self.args.output_dir}'.")
-            state, stage_seconds = P2DState.load(checkpoint)
-            self._clock.set(stage_seconds)
+            state, costs = P2DState.load(checkpoint)
+            self._clock.set(costs)
             if self._p2d_state is None:
                 self._start_from(state)
         elif self._p2d_state is None:
             self._start_from(self._choose())
         else:  # a second training is charged for itself, and again for what it builds on
-            self._clock.set({name: value for name, value in self._clock.seconds.items() if name != "train"})
-        with self._clock.stage("train"):
+            self._clock.set(self._clock.costs.without("train"))
+        with self._clock.stage("train", tokens=self._trained_tokens):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -211,17 +217,32 @@ class P2DTrainer(SFTTrainer):
         with self._clock.paused():
             return super().evaluate(*args, **kwargs)
 
+    def estimate(self) -> RunEstimate:
+        """
+        Forecast what `train()` will take, from a few batches: the seconds of its stages and of the reference, the AER
+        and the peak of the memory. Print what comes back; it is a table.
+
+        The model, the random numbers and the trainer stay as they were: a later `train()` does what it would have done.
+
+        Raises:
+            `ValueError`: if `p2d` is off or the heads and rows are chosen already.
+        """
+        return estimate_run(self)
+
+    def _trained_tokens(self) -> int:
+        tokens: int = self._total_train_tokens  # SFTTrainer's count, of all processes
+        return tokens
+
     def _choose(self) -> P2DState:
         """Run the first two stages."""
         args, pool = self.args, self.train_dataset
-        target = self.target_dataset if self.target_dataset is not None else pool
-        target = target.shuffle(seed=args.seed).select(range(min(args.target_samples, len(target))))
+        target, reference = self._drawn_target(), given_reference(self, pool)
         heads, method = self.heads, None
         with self.accelerator.autocast():
             with_heads = self._head_sparse_config is not None or needs_heads(args.scorer)
             if heads is None and with_heads:
                 method = args.localize_method
-                with self._clock.stage("localize"):
+                with self._clock.stage("localize", self.model):
                     self.head_scores = localize_heads(
                         self.model,
                         training_batches(target, args.per_device_train_batch_size, self.pad_token_id),
@@ -232,18 +253,8 @@ class P2DTrainer(SFTTrainer):
                         args.head_ratio, per_layer=args.heads_per_layer, per_group=args.heads_per_group
                     )
                 logger.info("Localized %d heads by %s: %r", len(heads), method, heads)
-            with self._clock.stage("select"):
-                selector = P2DDataSelector(
-                    self.model,
-                    self._tokenizer,
-                    heads=heads,
-                    target=target,
-                    scorer=args.scorer,
-                    ratio=args.data_ratio,
-                    args=args,
-                    batch_size=args.per_device_eval_batch_size,
-                    seed=args.seed,
-                )
+            with self._clock.stage("select", self.model):
+                selector = self._selector(heads, target)
                 scores = selector.score(pool)
                 rows = selector.choose(scores)
             logger.info("Selected %d of %d rows by %s", len(rows), len(pool), args.scorer)
@@ -255,7 +266,25 @@ class P2DTrainer(SFTTrainer):
             pool_rows=len(pool),
             pool_tokens=count_tokens(pool),
             selected_tokens=count_tokens(pool.select(rows)),
-            reference=find_reference(self, pool),
+            reference=reference or find_reference(self, pool),
+        )
+
+    def _drawn_target(self) -> Dataset:
+        """The samples of the task that localizing and selecting look at."""
+        target = self.train_dataset if self.target_dataset is None else self.target_dataset
+        return target.shuffle(seed=self.args.seed).select(range(min(self.args.target_samples, len(target))))
+
+    def _selector(self, heads: HeadSet | None, target: Dataset) -> P2DDataSelector:
+        return P2DDataSelector(
+            self.model,
+            self._tokenizer,
+            heads=heads,
+            target=target,
+            scorer=self.args.scorer,
+            ratio=self.args.data_ratio,
+            args=self.args,
+            batch_size=self.args.per_device_eval_batch_size,
+            seed=self.args.seed,
         )
 
     def _start_from(self, state: P2DState) -> None:
@@ -289,11 +318,11 @@ class P2DTrainer(SFTTrainer):
         return token_id
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.args.p2d and "train_runtime" in logs:
+        if "train_runtime" in logs and "train" in self._clock.costs.seconds:
             # the training's own last entry: trackers and TrainOutput.metrics get the AER with it
-            assert self._p2d_state is not None
-            self.report = make_report(self, self._p2d_state, self._clock.seconds)
-            logs.update(report_metrics(self.report))
+            self.report = make_report(self, self._p2d_state, self._clock.costs_of_all())
+            if self.args.p2d:
+                logs.update(report_metrics(self.report))
             if self.is_world_process_zero():
                 self.report.save(os.path.join(self.args.output_dir, REPORT_NAME))
         super().log(logs, start_time)
@@ -301,7 +330,7 @@ class P2DTrainer(SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self._p2d_state is not None and self.args.should_save:
-            self._p2d_state.save(Path(output_dir or self.args.output_dir), self._clock.seconds)
+            self._p2d_state.save(Path(output_dir or self.args.output_dir), self._clock.costs)
 
 
 def _as_p2d_config(args: TrainingArguments | None, model: Any) -> P2DConfig:

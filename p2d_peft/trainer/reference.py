@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,14 +13,73 @@ from datasets import Dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..efficiency import Reference, estimate_reference
-from ..model_state import model_device, preserved_state
+from ..model_state import model_device, model_id, preserved_state
+from ..step_times import MakeOptimizer, TrainingLoss
 from .config import P2DConfig
+from .measured_run import MeasuredRun
 
 
 if TYPE_CHECKING:
     from .p2d_trainer import P2DTrainer
 
 logger = logging.getLogger(__name__)
+
+
+# An estimate that is less sure than this is told of.
+WIDE = 0.1
+
+
+def given_reference(trainer: P2DTrainer, pool: Dataset) -> Reference | None:
+    """
+    The reference as the user gave it, in seconds or as the report of a run.
+
+    Args:
+        trainer (`P2DTrainer`): The trainer.
+        pool (`Dataset`): The whole prepared pool.
+
+    Raises:
+        `ValueError`: if the report is of another pool, or cannot be a reference at all (see [`MeasuredRun.read`]).
+    """
+    args: P2DConfig = trainer.args
+    if args.reference_seconds is not None:
+        return Reference(args.reference_seconds / args.num_train_epochs, "given")
+    if args.reference_report is None:
+        return None
+    run = MeasuredRun.read(args.reference_report)
+    if run.pool_rows is not None and not args.packing:  # packed rows are other rows
+        _check_rows(run, len(pool), effective_batch_size(args))
+    here = {"model": model_id(trainer.model), "device": args.device.type, "processes": args.world_size}
+    for name, value in here.items():
+        theirs = getattr(run, name)
+        if None not in (theirs, value) and theirs != value:
+            logger.warning(
+                "The AER may mislead: `reference_report`='%s' is of a run with %s %r, this one has %r.",
+                run.path,
+                name,
+                theirs,
+                value,
+            )
+    return Reference(run.seconds_per_epoch, "measured")
+
+
+def _check_rows(run: MeasuredRun, n_rows: int, batch_size: int) -> None:
+    assert run.pool_rows is not None
+    if run.pool_rows == n_rows:
+        return
+    if not run.pool_rows_error:
+        raise ValueError(
+            f"`reference_report`='{run.path}' is of a run on {run.pool_rows:g} rows, but `train_dataset` has {n_rows}; "
+            "the reference is full fine-tuning on the same rows."
+        )
+    # the last batch of an epoch may be filled up
+    if abs(run.pool_rows - n_rows) > 0.05 * n_rows + batch_size + run.pool_rows_error:
+        logger.warning(
+            "The AER may mislead: by its speed, the run of `reference_report`='%s' took about %.0f rows an epoch, but "
+            "`train_dataset` has %d.",
+            run.path,
+            run.pool_rows,
+            n_rows,
+        )
 
 
 def find_reference(trainer: P2DTrainer, pool: Dataset) -> Reference | None:
@@ -30,44 +90,72 @@ def find_reference(trainer: P2DTrainer, pool: Dataset) -> Reference | None:
     Args:
         trainer (`P2DTrainer`): A trainer before its adapter is attached; its model, flags and random numbers stay.
         pool (`Dataset`): The whole prepared pool.
+
+    Raises:
+        `ValueError`: as [`given_reference`] does.
     """
-    args: P2DConfig = trainer.args
-    if args.reference_seconds is not None:
-        return Reference(args.reference_seconds / args.num_train_epochs, "given")
-    if args.reference_steps == 0:
-        return None
-    model, size = trainer.model, args.per_device_train_batch_size
-    device = model_device(model)
-    drawn = pool.shuffle(seed=args.seed).select(range(min(len(pool), (args.reference_steps + 1) * size)))
-    batches = [
-        {key: value.to(device) for key, value in batch.items()}
-        for batch in training_batches(drawn, size, trainer.pad_token_id)
-    ]
-    optimizer_class, optimizer_kwargs = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(args)
+    reference = given_reference(trainer, pool)
+    if reference is not None or trainer.args.reference_steps == 0:
+        return reference
+    return _estimated(trainer, pool)
 
-    def training_loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        with trainer.accelerator.autocast():
-            loss: torch.Tensor = model(**batch, use_cache=False, fused_lm_head=True).loss
-        return loss
 
+def _estimated(trainer: P2DTrainer, pool: Dataset) -> Reference | None:
+    args, model = trainer.args, trainer.model
+    n_tokens = count_tokens(pool)
+    drawn = random_rows(trainer, pool, (args.reference_steps + 1) * args.per_device_train_batch_size, n_tokens)
     try:
-        with preserved_state(model), _checkpointing_as_in_training(model, args):
-            model.train()
-            return estimate_reference(
+        with training_mode(trainer) as (training_loss, make_optimizer):
+            reference = estimate_reference(
                 model,
-                batches,
+                training_batches(drawn, args.per_device_train_batch_size, trainer.pad_token_id),
                 training_loss,
-                lambda parameters: optimizer_class(parameters, **optimizer_kwargs),
-                pool_tokens=count_tokens(pool),
-                steps_per_epoch=max(1, round(len(pool) / (size * args.gradient_accumulation_steps))),
+                make_optimizer,
+                pool_tokens=n_tokens / args.world_size,
+                steps_per_epoch=steps_of_an_epoch(args, len(pool), n_tokens),
             )
     except (ValueError, torch.OutOfMemoryError) as error:
         logger.warning(
-            "The reference could not be estimated, so there will be no AER: %s Pass `reference_seconds` if you have "
-            "measured it, or `reference_steps=0` to go without.",
+            "The reference could not be estimated, so there will be no AER: %s Pass `reference_seconds` or "
+            "`reference_report` if you have measured it, or `reference_steps=0` to go without.",
             error,
         )
         return None
+    if reference.relative_error is not None and reference.relative_error > WIDE:
+        logger.warning(
+            "The reference is an estimate with a standard error of %.0f %%, and so is the AER: the %d timed steps took "
+            "times that differ much. Raise `reference_steps`, or measure it: run with `p2d=False` and pass what that "
+            "leaves as `reference_report`.",
+            100 * reference.relative_error,
+            args.reference_steps,
+        )
+    return reference
+
+
+@contextmanager
+def training_mode(trainer: P2DTrainer) -> Iterator[tuple[TrainingLoss, MakeOptimizer]]:
+    """
+    Context in which the model is as it will be in training; flags and random numbers are put back afterwards.
+
+    Args:
+        trainer (`P2DTrainer`): The trainer.
+
+    Yields:
+        `tuple[Callable, Callable]`: from a batch to the loss, and from parameters to their optimizer.
+    """
+    args, model = trainer.args, trainer.model
+    device = model_device(model)
+    optimizer_class, optimizer_kwargs = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(args)
+
+    def training_loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        on_device = {key: value.to(device) for key, value in batch.items()}
+        with trainer.accelerator.autocast():
+            loss: torch.Tensor = model(**on_device, use_cache=False, fused_lm_head=True).loss
+        return loss
+
+    with preserved_state(model), _checkpointing_as_in_training(model, args):
+        model.train()
+        yield training_loss, lambda parameters: optimizer_class(parameters, **optimizer_kwargs)
 
 
 @contextmanager
@@ -83,6 +171,30 @@ def _checkpointing_as_in_training(model: Any, args: P2DConfig) -> Iterator[None]
         yield
     finally:
         model.activation_checkpointing_disable()
+
+
+def effective_batch_size(args: P2DConfig) -> int:
+    """Rows of an optimizer step, in all processes together."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def steps_of_an_epoch(args: P2DConfig, n_rows: int, n_tokens: float) -> int:
+    """Optimizer steps of an epoch over so many rows with so many tokens."""
+    if args.packing:
+        assert args.max_length is not None  # as SFTTrainer demands
+        n_rows = math.ceil(n_tokens / args.max_length)
+    return math.ceil(n_rows / effective_batch_size(args))
+
+
+def random_rows(trainer: P2DTrainer, pool: Dataset, count: int, pool_tokens: int) -> Dataset:
+    """So many rows, or less if there are not so many, as the training would take them: drawn from a pool, and packed."""
+    args = trainer.args
+    shuffled = pool.shuffle(seed=args.seed)
+    if not args.packing:
+        return shuffled.select(range(min(len(pool), count)))
+    needed = math.ceil(count * args.max_length / pool_tokens * len(pool))
+    packed = trainer._packed(shuffled.select(range(min(len(pool), needed))))
+    return packed.select(range(min(len(packed), count)))
 
 
 def training_batches(dataset: Dataset, size: int, pad_token_id: int) -> list[dict[str, torch.Tensor]]:
