@@ -140,16 +140,7 @@ def _adapter_on(trainer: P2DTrainer, heads: HeadSet | None) -> Iterator[None]:
     config.set_heads(heads)
     with _kept_modules(trainer.model):
         inject_adapter_in_model(config, trainer.model, _ADAPTER)
-        hook = None
-        if (trainer.args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
-            # as in training, see P2DTrainer: such checkpoints pass no gradient on unless their input needs one
-            embeddings: nn.Module = trainer.model.get_input_embeddings()
-            hook = embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
-        try:
-            yield
-        finally:
-            if hook is not None:
-                hook.remove()
+        yield
 
 
 @contextmanager

@@ -171,6 +171,7 @@ def _checkpointing_as_in_training(model: Any, args: P2DConfig) -> Iterator[None]
         yield
     finally:
         model.activation_checkpointing_disable()
+        model.disable_input_require_grads()  # enabled along with it, and left on
 
 
 def effective_batch_size(args: P2DConfig) -> int:
