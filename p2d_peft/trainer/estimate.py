@@ -182,7 +182,7 @@ def _localize_seconds(trainer: P2DTrainer, target: Dataset) -> float:
         settle(everyone=False)
         return time.perf_counter() - start
 
-    if len(batches) <= fewest + 2:
+    if len(batches) <= 2 * fewest + 2:  # as many would be run twice
         return seconds(len(batches))
     more, less = seconds(fewest + 2), seconds(fewest)
     rate = max(more - less, 0.0) / sum(tokens[fewest : fewest + 2])
