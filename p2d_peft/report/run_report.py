@@ -66,7 +66,7 @@ class P2DReport:
         pool_tokens (`int`, *optional*): Tokens of the pool.
         selected_rows (`int`, *optional*): Rows that were kept.
         selected_tokens (`int`, *optional*): Their tokens.
-        scorer (`str`, *optional*): The scorer that kept them.
+        scorer (`str`, *optional*): The scorer that kept them; None if all rows were trained on.
         trainable_parameters (`int`): Weights that were trained.
         total_parameters (`int`): All weights of the model, those of the adapter included.
         versions (`dict[str, str]`): Of Python and of the libraries.

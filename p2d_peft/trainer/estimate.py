@@ -18,19 +18,21 @@ from ..heads.samples import IGNORED
 from ..memory import PeakMemory, memory_kind
 from ..model_state import preserved_state
 from ..processes import settle
-from ..selection.selector import needs_heads
+from ..selection import P2DDataSelector
 from ..step_times import StepTimes, time_steps
 from ..tuners import HeadSparseConfig
+from .choosing import draw_target, make_selector, raw_where_another_tokenizer_reads
 from .reference import (
+    check_reference,
     count_tokens,
     find_reference,
-    given_reference,
     random_rows,
     steps_of_an_epoch,
     training_batches,
     training_mode,
 )
 from .run_estimate import RunEstimate
+from .tokenized import tokenized
 
 
 if TYPE_CHECKING:
@@ -55,39 +57,48 @@ def estimate_run(trainer: P2DTrainer) -> RunEstimate:
         trainer (`P2DTrainer`): A trainer before its training.
 
     Raises:
-        `ValueError`: if `p2d` is off or the heads and rows are chosen already, or as [`given_reference`] does.
+        `ValueError`: if `p2d` is off, the heads and rows are chosen already, or the pool is a stream, or as
+            [`check_reference`] does.
     """
-    args, pool = trainer.args, trainer.train_dataset
+    args = trainer.args
     if not args.p2d:
         raise ValueError("`estimate()` is about the stages of P2D, but `p2d` is False.")
     if trainer._p2d_state is not None:
         raise ValueError("`estimate()` is for before `train()`; what the run took is in `trainer.report`.")
+    if not isinstance(trainer.train_dataset, Dataset):
+        raise ValueError(
+            "`estimate()` needs to know how much there is to score and to train on, but `train_dataset` is a "
+            f"{type(trainer.train_dataset).__name__}. Try it on a `datasets.Dataset` of its first rows."
+        )
     start = time.perf_counter()
-    given_reference(trainer, pool)  # one that will not do is told of first
-    target, n_tokens = trainer._drawn_target(), count_tokens(pool)
-    with_heads = trainer._head_sparse_config is not None or needs_heads(args.scorer)
+    check_reference(trainer, len(trainer.train_dataset))  # one that will not do is told of first
+    pool = tokenized(trainer, trainer.train_dataset)
+    n_tokens = count_tokens(pool)
     heads = trainer.heads
-    if heads is None and with_heads:
+    if heads is None and trainer.wants_heads:
         heads = localize_heads(trainer.model, [], method="random", seed=args.seed).top(
             args.head_ratio, per_layer=args.heads_per_layer, per_group=args.heads_per_group
         )
-    selected_rows = max(1, round(args.data_ratio * len(pool)))
-    selected_tokens = n_tokens * selected_rows / len(pool)
-    steps_per_epoch = steps_of_an_epoch(args, selected_rows, selected_tokens)
-    epochs = args.max_steps / steps_per_epoch if args.max_steps > 0 else float(args.num_train_epochs)
     seconds: dict[str, float] = {}
     peaks: dict[str, int] = {}
 
     with preserved_state(trainer.model):
         times, peaks["train"] = _watched(lambda: _training_steps(trainer, pool, n_tokens, heads))
+        selected_rows, selected_tokens = len(pool), float(n_tokens)
         with trainer.accelerator.autocast():
-            if trainer.heads is None and with_heads:
-                seconds["localize"], peaks["localize"] = _watched(lambda: _localize_seconds(trainer, target))
-            selector = trainer._selector(heads, target)
-            scoring, peaks["select"] = _watched(lambda: selector.estimate(pool))
-        seconds["select"] = scoring.seconds / args.world_size
+            if trainer.heads is None and trainer.wants_heads:
+                seconds["localize"], peaks["localize"] = _watched(lambda: _localize_seconds(trainer, pool))
+            if trainer.selector is not None or args.data_ratio < 1:
+                selector = trainer.selector or make_selector(trainer, heads, pool)
+                rows = raw_where_another_tokenizer_reads(selector, trainer, pool)
+                scoring, peaks["select"] = _watched(lambda: selector.estimate(rows))
+                seconds["select"] = scoring.seconds / args.world_size
+                selected_rows = _number_of_rows(selector, len(pool), n_tokens)
+                selected_tokens = n_tokens * selected_rows / len(pool)
+        steps_per_epoch = steps_of_an_epoch(args, selected_rows, selected_tokens)
+        epochs = args.max_steps / steps_per_epoch if args.max_steps > 0 else float(args.num_train_epochs)
         seconds["train"] = epochs * times.seconds(selected_tokens / args.world_size, steps_per_epoch)
-        reference = find_reference(trainer, pool)
+        reference = find_reference(trainer, pool, len(pool), n_tokens)
     return RunEstimate(
         stage_seconds=seconds,
         train_relative_error=times.relative_error,
@@ -101,6 +112,13 @@ def estimate_run(trainer: P2DTrainer) -> RunEstimate:
         selected_rows=selected_rows,
         measured_seconds=time.perf_counter() - start,
     )
+
+
+def _number_of_rows(selector: P2DDataSelector, n_rows: int, n_tokens: int) -> int:
+    """How many rows a selector will keep, as far as its policies let it."""
+    if selector.max_tokens is None:
+        return selector._count(n_rows)
+    return min(max(1, round(selector.max_tokens / n_tokens * n_rows)), n_rows)
 
 
 def _watched(work: Callable[[], Result]) -> tuple[Result, int]:
@@ -117,7 +135,7 @@ def _watched(work: Callable[[], Result]) -> tuple[Result, int]:
 def _training_steps(trainer: P2DTrainer, pool: Dataset, n_tokens: int, heads: HeadSet | None) -> StepTimes:
     """Time training steps on random rows. The longest rows warm up, so that the memory is seen at its peak."""
     size = trainer.args.per_device_train_batch_size
-    rows = random_rows(trainer, pool, STEPS * size, n_tokens)
+    rows = random_rows(trainer, pool, STEPS * size, len(pool), n_tokens)
     lengths = [len(ids) for ids in pool.with_format(None)["input_ids"]]
     longest = pool.select(sorted(range(len(pool)), key=lambda row: -lengths[row])[:size])
     batches = [
@@ -160,7 +178,7 @@ def _kept_modules(model: nn.Module) -> Iterator[None]:
             model.peft_config = configs
 
 
-def _localize_seconds(trainer: P2DTrainer, target: Dataset) -> float:
+def _localize_seconds(trainer: P2DTrainer, pool: Dataset) -> float:
     """
     Time localizing on a few batches and go on to all: some of it is for each token, some is not (the distances of the
     weights of `proxy`, say). What an accelerator does once, as loading kernels, is not in it.
@@ -169,7 +187,7 @@ def _localize_seconds(trainer: P2DTrainer, target: Dataset) -> float:
     size = args.per_device_train_batch_size
     batches = [
         batch
-        for batch in training_batches(target, size, trainer.pad_token_id)
+        for batch in training_batches(draw_target(trainer, pool), size, trainer.pad_token_id)
         if (batch["labels"][:, 1:] != IGNORED).any()
     ]
     tokens = [int(batch["attention_mask"].sum()) for batch in batches]

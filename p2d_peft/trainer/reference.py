@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..efficiency import Reference, estimate_reference
 from ..model_state import model_device, model_id, preserved_state
+from ..selection.pool import dataset_of
 from ..step_times import MakeOptimizer, TrainingLoss
 from .config import P2DConfig
 from .measured_run import MeasuredRun
@@ -29,25 +30,60 @@ logger = logging.getLogger(__name__)
 WIDE = 0.1
 
 
-def given_reference(trainer: P2DTrainer, pool: Dataset) -> Reference | None:
+def check_reference(trainer: P2DTrainer, pool_rows: int | None) -> None:
     """
-    The reference as the user gave it, in seconds or as the report of a run.
+    Check the report that the user gave, before the expensive part.
 
     Args:
         trainer (`P2DTrainer`): The trainer.
-        pool (`Dataset`): The whole prepared pool.
+        pool_rows (`int`, *optional*): Rows of the pool, as far as they are known.
 
     Raises:
         `ValueError`: if the report is of another pool, or cannot be a reference at all (see [`MeasuredRun.read`]).
     """
     args: P2DConfig = trainer.args
+    if args.reference_report is None:
+        return
+    run = MeasuredRun.read(args.reference_report)
+    is_exact = run.pool_rows is not None and not run.pool_rows_error
+    if is_exact and not args.packing and pool_rows not in (None, run.pool_rows):  # packed rows are other rows
+        raise ValueError(
+            f"`reference_report`='{run.path}' is of a run on {run.pool_rows} rows, but `train_dataset` has {pool_rows}; "
+            "the reference is full fine-tuning on the same rows."
+        )
+
+
+def find_reference(
+    trainer: P2DTrainer, pool: Dataset | IterableDataset, pool_rows: int | None, pool_tokens: int | None
+) -> Reference | None:
+    """
+    The reference as the user gave it, in seconds or as the report of a run, or estimated from a few steps if that is
+    wanted and possible. It is no stage of the method and charged to none.
+
+    Args:
+        trainer (`P2DTrainer`): A trainer before its adapter is attached; its model, flags and random numbers stay.
+        pool (`Dataset` or `IterableDataset`): The whole tokenized pool.
+        pool_rows (`int`, *optional*): Its rows. Where they are unknown, nothing can be estimated.
+        pool_tokens (`int`, *optional*): Its tokens.
+
+    Raises:
+        `ValueError`: as [`check_reference`] does.
+    """
+    args: P2DConfig = trainer.args
     if args.reference_seconds is not None:
         return Reference(args.reference_seconds / args.num_train_epochs, "given")
-    if args.reference_report is None:
+    if args.reference_report is not None:
+        return _measured(trainer, pool_rows)
+    if args.reference_steps == 0 or pool_rows is None or pool_tokens is None:
         return None
+    return _estimated(trainer, pool, pool_rows, pool_tokens)
+
+
+def _measured(trainer: P2DTrainer, pool_rows: int | None) -> Reference:
+    check_reference(trainer, pool_rows)
+    args = trainer.args
+    assert args.reference_report is not None
     run = MeasuredRun.read(args.reference_report)
-    if run.pool_rows is not None and not args.packing:  # packed rows are other rows
-        _check_rows(run, len(pool), effective_batch_size(args))
     here = {"model": model_id(trainer.model), "device": args.device.type, "processes": args.world_size}
     for name, value in here.items():
         theirs = getattr(run, name)
@@ -59,60 +95,35 @@ def given_reference(trainer: P2DTrainer, pool: Dataset) -> Reference | None:
                 theirs,
                 value,
             )
+    if run.pool_rows is not None and pool_rows is not None and not args.packing:
+        # the last batch of an epoch may be filled up
+        slack = 0.05 * pool_rows + effective_batch_size(args) + run.pool_rows_error
+        if abs(run.pool_rows - pool_rows) > slack:
+            logger.warning(
+                "The AER may mislead: by its speed, the run of `reference_report`='%s' took about %.0f rows an epoch, "
+                "but `train_dataset` has %d.",
+                run.path,
+                run.pool_rows,
+                pool_rows,
+            )
     return Reference(run.seconds_per_epoch, "measured")
 
 
-def _check_rows(run: MeasuredRun, n_rows: int, batch_size: int) -> None:
-    assert run.pool_rows is not None
-    if run.pool_rows == n_rows:
-        return
-    if not run.pool_rows_error:
-        raise ValueError(
-            f"`reference_report`='{run.path}' is of a run on {run.pool_rows:g} rows, but `train_dataset` has {n_rows}; "
-            "the reference is full fine-tuning on the same rows."
-        )
-    # the last batch of an epoch may be filled up
-    if abs(run.pool_rows - n_rows) > 0.05 * n_rows + batch_size + run.pool_rows_error:
-        logger.warning(
-            "The AER may mislead: by its speed, the run of `reference_report`='%s' took about %.0f rows an epoch, but "
-            "`train_dataset` has %d.",
-            run.path,
-            run.pool_rows,
-            n_rows,
-        )
-
-
-def find_reference(trainer: P2DTrainer, pool: Dataset) -> Reference | None:
-    """
-    The reference as the user gave it, or estimated from a few steps if that is wanted and possible. It is no stage of
-    the method and charged to none.
-
-    Args:
-        trainer (`P2DTrainer`): A trainer before its adapter is attached; its model, flags and random numbers stay.
-        pool (`Dataset`): The whole prepared pool.
-
-    Raises:
-        `ValueError`: as [`given_reference`] does.
-    """
-    reference = given_reference(trainer, pool)
-    if reference is not None or trainer.args.reference_steps == 0:
-        return reference
-    return _estimated(trainer, pool)
-
-
-def _estimated(trainer: P2DTrainer, pool: Dataset) -> Reference | None:
+def _estimated(
+    trainer: P2DTrainer, pool: Dataset | IterableDataset, pool_rows: int, pool_tokens: int
+) -> Reference | None:
     args, model = trainer.args, trainer.model
-    n_tokens = count_tokens(pool)
-    drawn = random_rows(trainer, pool, (args.reference_steps + 1) * args.per_device_train_batch_size, n_tokens)
+    size = args.per_device_train_batch_size
+    drawn = random_rows(trainer, pool, (args.reference_steps + 1) * size, pool_rows, pool_tokens)
     try:
         with training_mode(trainer) as (training_loss, make_optimizer):
             reference = estimate_reference(
                 model,
-                training_batches(drawn, args.per_device_train_batch_size, trainer.pad_token_id),
+                training_batches(drawn, size, trainer.pad_token_id),
                 training_loss,
                 make_optimizer,
-                pool_tokens=n_tokens / args.world_size,
-                steps_per_epoch=steps_of_an_epoch(args, len(pool), n_tokens),
+                pool_tokens=pool_tokens / args.world_size,
+                steps_per_epoch=steps_of_an_epoch(args, pool_rows, pool_tokens),
             )
     except (ValueError, torch.OutOfMemoryError) as error:
         logger.warning(
@@ -187,15 +198,23 @@ def steps_of_an_epoch(args: P2DConfig, n_rows: int, n_tokens: float) -> int:
     return math.ceil(n_rows / effective_batch_size(args))
 
 
-def random_rows(trainer: P2DTrainer, pool: Dataset, count: int, pool_tokens: int) -> Dataset:
-    """So many rows, or less if there are not so many, as the training would take them: drawn from a pool, and packed."""
+def random_rows(
+    trainer: P2DTrainer, pool: Dataset | IterableDataset, count: int, pool_rows: int, pool_tokens: int
+) -> Dataset:
+    """
+    So many rows, or less if there are not so many, as the training would take them: drawn from a pool (of a stream, its
+    first ones), and packed.
+    """
     args = trainer.args
-    shuffled = pool.shuffle(seed=args.seed)
-    if not args.packing:
-        return shuffled.select(range(min(len(pool), count)))
-    needed = math.ceil(count * args.max_length / pool_tokens * len(pool))
-    packed = trainer._packed(shuffled.select(range(min(len(pool), needed))))
-    return packed.select(range(min(len(packed), count)))
+    needed = math.ceil(count * args.max_length / pool_tokens * pool_rows) if args.packing else count
+    needed = min(needed, pool_rows)
+    if isinstance(pool, IterableDataset):
+        drawn = dataset_of(list(pool.take(needed)), pool)
+    else:
+        drawn = pool.shuffle(seed=args.seed).select(range(needed))
+    if args.packing:
+        drawn = trainer._prepare_dataset(drawn, trainer.processing_class, args, True, None, "drawn")
+    return drawn.select(range(min(len(drawn), count)))
 
 
 def training_batches(dataset: Dataset, size: int, pad_token_id: int) -> list[dict[str, torch.Tensor]]:

@@ -56,9 +56,9 @@ def make_report(trainer: P2DTrainer, state: P2DState | None, costs: StageCosts) 
         localize_method=None if state is None else state.localize_method,
         pool_rows=pool_rows,
         pool_tokens=pool_tokens,
-        selected_rows=pool_rows if state is None else len(state.rows),
+        selected_rows=pool_rows if state is None or state.rows is None else len(state.rows),
         selected_tokens=pool_tokens if state is None else state.selected_tokens,
-        scorer=None if state is None else trainer.args.scorer,
+        scorer=None if state is None else state.scorer,
         trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         total_parameters=sum(p.numel() for p in parameters),
     )

@@ -6,13 +6,14 @@ import pytest
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from p2d_peft import HeadSet, HeadSparseConfig
+from p2d_peft import HeadSet, HeadSparseConfig, P2DDataSelector
 from p2d_peft.efficiency import Reference
 from p2d_peft.step_times import StepTimes
 from p2d_peft.trainer import estimate as module
 
 from ..model_checks import assert_unchanged, snapshot
-from ..tiny_data import prompt_completion
+from ..tiny_data import prompt_completion, text
+from ..tiny_models import tiny_model, tiny_tokenizer
 from .test_p2d_trainer import assert_same_weights, deltas, trainer
 
 
@@ -165,10 +166,31 @@ def test_localizing_is_what_comes_once_and_what_comes_for_each_token(tmp_path, m
 
     monkeypatch.setattr(module, "localize_heads", localize)
     tokens = sum(map(len, run.target_dataset["input_ids"]))
-    assert module._localize_seconds(run, run.target_dataset) == pytest.approx(30 + 2 * tokens)
+    assert module._localize_seconds(run, run.train_dataset) == pytest.approx(30 + 2 * tokens)
     assert sorted(calls) == [1, 3]
-    few = run.target_dataset.select(range(6))
-    assert module._localize_seconds(run, few) == pytest.approx(30 + 2 * sum(map(len, few["input_ids"])))
+    few = run.target_dataset = run.target_dataset.select(range(13))
+    assert module._localize_seconds(run, run.train_dataset) == pytest.approx(30 + 2 * sum(map(len, few["input_ids"])))
+    assert calls[2:] == [4]
+
+
+@pytest.mark.parametrize(("size", "rows"), [({"num_samples": 5}, 5), ({"ratio": 0.25}, 8), ({"max_tokens": 60}, None)])
+def test_a_selector_says_how_many_rows(size, rows, tmp_path):
+    selector = P2DDataSelector(tiny_model(), tiny_tokenizer(), scorer="perplexity", **size)
+    run = trainer(tmp_path, selector=selector, changes={"reference_steps": 0})
+    if rows is None:
+        rows = round(60 / sum(map(len, run.train_dataset["input_ids"])) * 32)
+    assert run.estimate().selected_rows == rows
+
+
+def test_a_training_on_all_rows_selects_nothing(tmp_path):
+    estimate = trainer(tmp_path, changes={"data_ratio": 1.0, "reference_steps": 0}).estimate()
+    assert set(estimate.stage_seconds) == {"localize", "train"} and estimate.selected_rows == 32
+
+
+def test_a_stream_is_refused(tmp_path):
+    run = trainer(tmp_path, pool=text(8).to_iterable_dataset(), changes={"max_steps": 1})
+    with pytest.raises(ValueError, match="but `train_dataset` is a IterableDataset"):
+        run.estimate()
 
 
 def test_without_p2d_there_is_nothing_to_estimate(tmp_path):

@@ -6,9 +6,8 @@ import torch
 
 from p2d_peft.efficiency import Reference
 from p2d_peft.trainer import reference as module
-from p2d_peft.trainer.reference import find_reference, given_reference
+from p2d_peft.trainer.reference import check_reference, find_reference
 
-from ..tiny_data import text
 from .test_measured_run import FULL, METRICS
 from .test_p2d_trainer import trainer
 
@@ -31,18 +30,21 @@ def fake_trainer(**changes):
 
 def test_a_report_of_the_same_run_says_nothing(tmp_path, caplog):
     FULL.save(tmp_path / "p2d_report.json")
-    reference = given_reference(fake_trainer(reference_report=str(tmp_path)), text(100))
+    reference = find_reference(fake_trainer(reference_report=str(tmp_path)), None, 100, 1000)
     assert reference == Reference(15.0, "measured")
     assert not caplog.text
 
 
 def test_a_report_of_another_run_is_refused_or_warned_of(tmp_path, caplog):
     FULL.save(tmp_path / "p2d_report.json")
-    with pytest.raises(ValueError, match="is of a run on 100 rows, but `train_dataset` has 99"):
-        given_reference(fake_trainer(reference_report=str(tmp_path)), text(99))
+    for function in (check_reference, lambda trainer, n_rows: find_reference(trainer, None, n_rows, 1000)):
+        with pytest.raises(ValueError, match="is of a run on 100 rows, but `train_dataset` has 99"):
+            function(fake_trainer(reference_report=str(tmp_path)), 99)
+        function(fake_trainer(reference_report=str(tmp_path)), None)  # a stream that was not read
     other = fake_trainer(reference_report=str(tmp_path), world_size=1, device=torch.device("meta"), packing=True)
     other.model.config.name_or_path = "org/other"
-    given_reference(other, text(99))
+    assert not caplog.text
+    find_reference(other, None, 99, 1000)
     for words in ("model 'org/name', this one has 'org/other'", "device 'cpu'", "processes 2, this one has 1"):
         assert words in caplog.text
 
@@ -50,7 +52,7 @@ def test_a_report_of_another_run_is_refused_or_warned_of(tmp_path, caplog):
 @pytest.mark.parametrize(("rows", "warns"), [(100, False), (85, False), (60, True), (200, True)])
 def test_a_run_at_the_speed_of_another_pool_is_warned_of(rows, warns, tmp_path, caplog):
     (tmp_path / "train_results.json").write_text(json.dumps(METRICS))
-    given_reference(fake_trainer(reference_report=str(tmp_path)), text(rows))
+    find_reference(fake_trainer(reference_report=str(tmp_path)), None, rows, 1000)
     assert ("took about 100 rows an epoch" in caplog.text) == warns
 
 
@@ -76,7 +78,7 @@ def test_an_epoch_is_shared_by_the_processes(packing, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "estimate_reference", estimate)
     monkeypatch.setattr(type(run.args), "world_size", 2)
-    find_reference(run, pool)
+    find_reference(run, pool, len(pool), n_tokens)
     assert seen["pool_tokens"] == n_tokens / 2
     rows = -(-n_tokens // 40) if packing else 32
     assert seen["steps_per_epoch"] == -(-rows // (4 * 2 * 2))
