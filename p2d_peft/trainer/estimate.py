@@ -14,6 +14,7 @@ from peft import inject_adapter_in_model
 from torch import nn
 
 from ..heads import HeadSet, localize_heads
+from ..heads.localize import default_method
 from ..heads.samples import IGNORED
 from ..memory import PeakMemory, memory_kind
 from ..model_state import preserved_state
@@ -21,7 +22,7 @@ from ..processes import settle
 from ..selection import P2DDataSelector
 from ..step_times import StepTimes, time_steps
 from ..tuners import HeadSparseConfig
-from .choosing import draw_target, make_selector, raw_where_another_tokenizer_reads
+from .choosing import best_heads, draw_target, make_selector, raw_where_another_tokenizer_reads
 from .reference import (
     check_reference,
     count_tokens,
@@ -76,9 +77,7 @@ def estimate_run(trainer: P2DTrainer) -> RunEstimate:
     n_tokens = count_tokens(pool)
     heads = trainer.heads
     if heads is None and trainer.wants_heads:
-        heads = localize_heads(trainer.model, [], method="random", seed=args.seed).top(
-            args.head_ratio, per_layer=args.heads_per_layer, per_group=args.heads_per_group
-        )
+        heads = best_heads(localize_heads(trainer.model, [], method="random", seed=args.seed), args)
     seconds: dict[str, float] = {}
     peaks: dict[str, int] = {}
 
@@ -192,11 +191,12 @@ def _localize_seconds(trainer: P2DTrainer, pool: Dataset) -> float:
     ]
     tokens = [int(batch["attention_mask"].sum()) for batch in batches]
     fewest = math.ceil(2 / size)  # some methods compare samples
+    method = args.localize_method or default_method(trainer.model)
 
     def seconds(count: int) -> float:
         settle(everyone=False)
         start = time.perf_counter()
-        localize_heads(trainer.model, batches[:count], method=args.localize_method, seed=args.seed)
+        localize_heads(trainer.model, batches[:count], method=method, seed=args.seed)
         settle(everyone=False)
         return time.perf_counter() - start
 
