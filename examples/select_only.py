@@ -34,7 +34,7 @@ pool, target = read_dataset(args.pool), read_dataset(args.target)
 # tokenized as the training will do it, which `sft_args` says
 samples = prepare_samples(target, tokenizer, sft_args, name="target")
 batches = [batch for _, batch in samples.batches(8, device)]
-heads = localize_heads(model, batches).top(0.1)
+heads = localize_heads(model, batches).top(0.1, per_layer="even")
 selector = P2DDataSelector(model, tokenizer, heads=heads, target=target, args=sft_args, ratio=0.1)
 selected = selector.select(pool)
 print(f"{len(selected)} of {len(pool)} rows by {heads!r}")

@@ -134,3 +134,47 @@ def test_configurations_are_accelerate_s():
     }
     assert configs["fsdp2"].fsdp_config["fsdp_version"] == 2
     assert [configs[name].deepspeed_config["zero_stage"] for name in ("zero2", "zero3")] == [2, 3]
+
+
+class TestDropIn:
+    """Scripts of others, in which the import was changed."""
+
+    @pytest.fixture
+    def script(self, folder, monkeypatch, tmp_path):
+        def script(name, *flags):
+            monkeypatch.chdir(tmp_path)
+            monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
+            return runpy.run_path(str(EXAMPLES / "drop_in" / name), run_name="__main__")["trainer"]
+
+        return script
+
+    def test_script(self, script, folder, tmp_path):
+        flags = [
+            "--use_peft",
+            "--lora_r",
+            "4",
+            "--lora_target_modules",
+            "q_proj",
+            "v_proj",
+            "--eval_strategy",
+            "epoch",
+        ]
+        flags += ["--bf16", "false", "--report_to", "none", "--output_dir", "sft"]
+        data = ["--model_name_or_path", folder / "model", "--dataset_name", folder / "chats.jsonl"]
+        trainer = script("sft_script.py", *data, *flags)
+        assert (trainer.report.pool_rows, trainer.report.selected_rows) == (36, 4)
+        assert any("eval_loss" in entry for entry in trainer.state.log_history)
+        assert_saved(tmp_path / "sft", "LORA")
+
+    def test_notebook(self, script, folder, tmp_path):
+        trainer = script("notebook.py", folder / "model", folder / "chats.jsonl", "<|assistant|>")
+        assert len(trainer.train_dataset) == 4 and trainer.state.global_step == 4
+        assert all(row["labels"][0] == -100 != row["labels"][-1] for row in trainer.train_dataset)
+        assert_saved(tmp_path / "lora_model", "LORA")
+
+    def test_qlora(self, script, folder, tmp_path):
+        pytest.importorskip("bitsandbytes")
+        trainer = script("qlora.py", folder / "model", folder / "chats.jsonl")
+        assert trainer.report.localize_method == "gate" and len(trainer.train_dataset) == 4
+        assert_saved(tmp_path / "qlora", "LORA")
+        assert (tmp_path / "qlora-merged" / "model.safetensors").exists()

@@ -80,7 +80,7 @@ def train_on_responses_only(trainer, response_part):
     return trainer
 
 
-trainer = train_on_responses_only(trainer, response_part="<|im_start|>assistant\n")
+trainer = train_on_responses_only(trainer, sys.argv[3] if len(sys.argv) > 3 else "<|im_start|>assistant\n")
 answer = [token for token in trainer.train_dataset[0]["labels"] if token != -100]
 print("The first answer:", repr(tokenizer.decode(answer)))
 

@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
     heads.add_argument("--method", choices=get_args(LocalizeMethod), default="proxy", help="default: %(default)s")
     heads.add_argument("--samples", type=int, default=100, help="at most so many rows of --data (%(default)s)")
     heads.add_argument("--ratio", type=float, default=0.1, help="share of the heads to choose (%(default)s)")
-    heads.add_argument("--per-layer", type=int, help="at most so many heads of one layer")
+    heads.add_argument("--per-layer", type=int, help="at most so many heads of one layer; spread evenly by default")
     heads.add_argument("--per-group", type=int, help="at most so many of the heads that share their keys and values")
     heads.add_argument("--output", type=Path, required=True, help="where to write the chosen heads, as JSON")
     heads.add_argument("--scores", type=Path, help="where to write the scores of all heads, as JSON")
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     samples = prepare_samples(data, tokenizer, config, name="data")
     batches = [batch for _, batch in samples.batches(args.batch_size, model_device(model))]
     scores = localize_heads(model, batches, method=args.method, seed=args.seed)
-    heads = scores.top(args.ratio, per_layer=args.per_layer, per_group=args.per_group)
+    heads = scores.top(args.ratio, per_layer=args.per_layer or "even", per_group=args.per_group)
     heads.save(args.output)
     print(f"{len(heads)} of {scores.n_heads} heads by {args.method} in {scores.seconds:.1f} s: {heads.by_layer()}")
     print(f"written to {args.output}")
