@@ -33,6 +33,7 @@ def blocks(page, *languages):
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: tiny_model())
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *_, **__: tiny_model().config)
     monkeypatch.setattr(sft_trainer, "create_model_from_path", lambda *_, **__: tiny_model())
     for name in ("AutoTokenizer", "AutoProcessor"):
         monkeypatch.setattr(getattr(transformers, name), "from_pretrained", lambda *_, **__: tiny_tokenizer())

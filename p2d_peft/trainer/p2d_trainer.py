@@ -14,7 +14,7 @@ from datasets import Dataset, IterableDataset
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from trl import SFTTrainer
 
-from ..efficiency import StageClock
+from ..efficiency import StageClock, StageCosts
 from ..heads import HeadScores, HeadSet, ModelGeometry
 from ..heads.localize import needs_weights
 from ..report import P2DReport
@@ -29,8 +29,10 @@ from .checks import check_attention, check_optimizer, check_sharding, check_type
 from .choosing import choose, scores_folder
 from .config import P2DConfig
 from .deferred_adapter import DeferredAdapter, attach
+from .estimate import estimate_run
 from .reference import count_tokens
 from .reporting import make_report, report_metrics
+from .run_estimate import RunEstimate
 from .state import P2DState
 from .tokenized import tokenized
 
@@ -243,22 +245,26 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             `ValueError`: if the checkpoint to resume from is not one of P2DTrainer's, or belongs to another pool.
         """
         if not self.args.p2d:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            self._clock.set(StageCosts())
+            if resume_from_checkpoint:  # what the steps before took is not known, so there is nothing to report
+                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            with self._clock.stage("train", tokens=self._trained_tokens):
+                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if resume_from_checkpoint:
             checkpoint = resume_from_checkpoint
             if checkpoint is True:
                 checkpoint = get_last_checkpoint(self.args.output_dir)
                 if checkpoint is None:
                     raise ValueError(f"No checkpoint to resume from was found in '{self.args.output_dir}'.")
-            state, stage_seconds = P2DState.load(checkpoint)
-            self._clock.set(stage_seconds)
+            state, costs = P2DState.load(checkpoint)
+            self._clock.set(costs)
             if self._p2d_state is None:
                 self._start_from(state)
         elif self._p2d_state is None:
             self._start_from(choose(self))
         else:  # a second training is charged for itself, and again for what it builds on
-            self._clock.set({name: value for name, value in self._clock.seconds.items() if name != "train"})
-        with self._clock.stage("train"):
+            self._clock.set(self._clock.costs.without("train"))
+        with self._clock.stage("train", tokens=self._trained_tokens):
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if (folder := scores_folder(self.args)) is not None and self.is_world_process_zero():
             shutil.rmtree(folder, ignore_errors=True)
@@ -268,6 +274,22 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         # What a user wants to know along the way is no part of the method, nor of the reference.
         with self._clock.paused():
             return super().evaluate(*args, **kwargs)
+
+    def estimate(self) -> RunEstimate:
+        """
+        Forecast what `train()` will take, from a few batches: the seconds of its stages and of the reference, the AER
+        and the peak of the memory. Print what comes back; it is a table.
+
+        The model, the random numbers and the trainer stay as they were: a later `train()` does what it would have done.
+
+        Raises:
+            `ValueError`: if `p2d` is off, the heads and rows are chosen already, or `train_dataset` is a stream.
+        """
+        return estimate_run(self)
+
+    def _trained_tokens(self) -> int:
+        tokens: int = self._total_train_tokens  # SFTTrainer's count, of all processes
+        return tokens
 
     def _start_from(self, state: P2DState) -> None:
         """Put the chosen rows in the place of the pool and attach the adapter to the chosen heads."""
@@ -298,11 +320,11 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         return token_id
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.args.p2d and "train_runtime" in logs:
+        if "train_runtime" in logs and "train" in self._clock.costs.seconds:
             # the training's own last entry: trackers and TrainOutput.metrics get the AER with it
-            assert self._p2d_state is not None
-            self.report = make_report(self, self._p2d_state, self._clock.seconds)
-            logs.update(report_metrics(self.report))
+            self.report = make_report(self, self._p2d_state, self._clock.costs_of_all())
+            if self.args.p2d:
+                logs.update(report_metrics(self.report))
             if self.is_world_process_zero():
                 self.report.save(os.path.join(self.args.output_dir, REPORT_NAME))
         super().log(logs, start_time)
@@ -310,4 +332,4 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self._p2d_state is not None and self.args.should_save:
-            self._p2d_state.save(Path(output_dir or self.args.output_dir), self._clock.seconds)
+            self._p2d_state.save(Path(output_dir or self.args.output_dir), self._clock.costs)
