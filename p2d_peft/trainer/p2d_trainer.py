@@ -28,8 +28,10 @@ from ..selection.pool import kept_rows
 from ..selection.selector import needs_heads
 from ..tuners import HeadSparseConfig
 from .config import P2DConfig
+from .model_card import complete_model_card
 from .reference import count_tokens, find_reference, training_batches
 from .reporting import make_report, report_metrics
+from .saved_files import load_head_scores, save_beside_model
 from .state import P2DState
 
 
@@ -106,6 +108,8 @@ class P2DTrainer(SFTTrainer):
         given["args"] = _as_p2d_config(given.get("args"), given["model"])
         args: P2DConfig = given["args"]
         peft_config = given.get("peft_config")
+        if not args.p2d:  # what cards and tags say of a run of SFTTrainer
+            self._tag_names, self._name, self._paper = SFTTrainer._tag_names, SFTTrainer._name, SFTTrainer._paper
 
         self.heads: HeadSet | None = None
         self.head_scores: HeadScores | None = None
@@ -198,6 +202,7 @@ class P2DTrainer(SFTTrainer):
             state, stage_seconds = P2DState.load(checkpoint)
             self._clock.set(stage_seconds)
             if self._p2d_state is None:
+                self.head_scores = load_head_scores(checkpoint)
                 self._start_from(state)
         elif self._p2d_state is None:
             self._start_from(self._choose())
@@ -300,8 +305,20 @@ class P2DTrainer(SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self._p2d_state is not None and self.args.should_save:
-            self._p2d_state.save(Path(output_dir or self.args.output_dir), self._clock.seconds)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            if self._p2d_state is not None:
+                self._p2d_state.save(folder, self._clock.seconds)
+            save_beside_model(self, folder, is_whole=state_dict is None)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write `README.md` and, of a P2D run, the head map into `output_dir`; see [`~trl.SFTTrainer`]."""
+        with self._clock.paused():
+            super().create_model_card(model_name, dataset_name, tags)
+            if self.is_world_process_zero():
+                complete_model_card(self, model_name)
 
 
 def _as_p2d_config(args: TrainingArguments | None, model: Any) -> P2DConfig:
