@@ -47,10 +47,10 @@ class Repo:
         for commit in self.commits:
             if commit.oid == oid:
                 return commit
-        raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        raise RefusedError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
 
 
-class Refusal(Exception):
+class RefusedError(Exception):
     """An answer of the Hub that is an error."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
@@ -92,7 +92,7 @@ class LocalHub:
 
     def repo(self, repo_id: str) -> Repo:
         if repo_id not in self.repos:
-            raise Refusal(404, "RepoNotFound", "Repository not found")
+            raise RefusedError(404, "RepoNotFound", "Repository not found")
         return self.repos[repo_id]
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
@@ -107,12 +107,12 @@ class LocalHub:
     def create(self, body: bytes) -> Any:
         wanted = json.loads(body)
         if wanted.get("type", "model") != "model":
-            raise Refusal(400, "", "This Hub has models only")
+            raise RefusedError(400, "", "This Hub has models only")
         repo_id = f"{wanted.get('organization') or USER}/{wanted['name']}"
         answer = {"url": f"{self.endpoint}/{repo_id}", "name": repo_id}
         with self._lock:
             if repo_id in self.repos:
-                raise Refusal(409, "", json.dumps(answer))
+                raise RefusedError(409, "", json.dumps(answer))
             self.repos[repo_id] = Repo(private=wanted.get("visibility") == "private")
         return answer
 
@@ -124,7 +124,7 @@ class LocalHub:
         try:
             data = yaml.safe_load(block.group(1))
         except yaml.YAMLError as error:
-            raise Refusal(400, "", json.dumps({"errors": [{"message": str(error)}], "warnings": []})) from error
+            raise RefusedError(400, "", json.dumps({"errors": [{"message": str(error)}], "warnings": []})) from error
         wrong = [
             f'"{key}" with value "{name}" is not valid.'
             for key in ("base_model", "datasets")
@@ -132,7 +132,7 @@ class LocalHub:
             if not _REPO_ID.fullmatch(name)
         ]
         if wrong:
-            raise Refusal(400, "", json.dumps({"errors": [{"message": text} for text in wrong], "warnings": []}))
+            raise RefusedError(400, "", json.dumps({"errors": [{"message": text} for text in wrong], "warnings": []}))
         return {"errors": [], "warnings": []}
 
     def preupload(self, repo: str, revision: str, body: bytes) -> Any:
@@ -163,7 +163,7 @@ class LocalHub:
                 elif key == "deletedFile":
                     del files[value["path"]]
                 else:
-                    raise Refusal(400, "", f"This Hub knows no {key}")
+                    raise RefusedError(400, "", f"This Hub knows no {key}")
             oid = _oid(f"{repo} {len(found.commits)}")
             found.commits.append(Commit(oid, message, files))
             number = len(found.branches)
@@ -189,7 +189,7 @@ class LocalHub:
         prefix = f"{folder}/" if folder else ""
         inside = [path for path in sorted(files) if path.startswith(prefix)]
         if folder and not inside:
-            raise Refusal(404, "EntryNotFound", f"{folder} does not exist on {revision}")
+            raise RefusedError(404, "EntryNotFound", f"{folder} does not exist on {revision}")
         folders = dict.fromkeys(path[: path.index("/", len(prefix))] for path in inside if "/" in path[len(prefix) :])
         return [
             *({"type": "directory", "path": path, "oid": _oid(path), "size": 0} for path in folders),
@@ -205,13 +205,13 @@ class _Handler(BaseHTTPRequestHandler):
     hub: LocalHub
     protocol_version = "HTTP/1.1"
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self._answer()
 
-    def do_HEAD(self) -> None:  # noqa: N802
+    def do_HEAD(self) -> None:
         self._answer()
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         self._answer()
 
     def _answer(self) -> None:
@@ -223,17 +223,17 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send_file(**{name: unquote(part) for name, part in file.groupdict().items()})
             else:
                 self._send(200, json.dumps(self._route(url.path, parse_qs(url.query), body)).encode())
-        except Refusal as refusal:
-            text = str(refusal)
+        except RefusedError as error:
+            text = str(error)
             self._send(
-                refusal.status,
+                error.status,
                 (text if text.startswith("{") else json.dumps({"error": text})).encode(),
-                {"X-Error-Code": refusal.code, "X-Error-Message": "" if text.startswith("{") else text},
+                {"X-Error-Code": error.code, "X-Error-Message": "" if text.startswith("{") else text},
             )
 
     def _route(self, path: str, query: dict[str, list[str]], body: bytes) -> Any:
         if self.command == "POST" and self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            raise Refusal(401, "", "Invalid username or password.")
+            raise RefusedError(401, "", "Invalid username or password.")
         hub = self.hub
         plain = {
             ("GET", "/api/whoami-v2"): hub.whoami,
@@ -262,7 +262,7 @@ class _Handler(BaseHTTPRequestHandler):
             if found is not None and command == self.command:
                 return answer(**{name: unquote(part) for name, part in found.groupdict().items()})
         hub.unknown.append(f"{self.command} {path}")
-        raise Refusal(404, "", "This Hub does not know what you ask for")
+        raise RefusedError(404, "", "This Hub does not know what you ask for")
 
     def _send_file(self, repo: str, revision: str, path: str) -> None:
         commit = self.hub.repo(repo).at(revision)

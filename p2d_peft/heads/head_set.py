@@ -153,7 +153,9 @@ class HeadSet(Set, Hashable):
             raise ValueError(f"`data` is not a head set: expected a mapping with 'format': '{_FORMAT}' and 'heads'.")
         for layer, heads in data["heads"].items():
             if not isinstance(heads, list):
-                raise ValueError(f"`data` is not a head set: layer {layer!r} has no list of heads, but {type(heads).__name__}.")
+                raise ValueError(
+                    f"`data` is not a head set: layer {layer!r} has no list of heads, but {type(heads).__name__}."
+                )
         try:
             return cls.from_layers(data["heads"])
         except TypeError as error:  # the data is wrong, not the call

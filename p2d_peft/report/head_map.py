@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def save_head_map(
-    path: str | Path, heads: HeadSet, geometry: ModelGeometry, scores: HeadScores | None = None
-) -> None:
+def save_head_map(path: str | Path, heads: HeadSet, geometry: ModelGeometry, scores: HeadScores | None = None) -> None:
     """
     Save a picture (PNG) of a model's heads, layers downwards, in which the chosen ones stand out: framed in the table of
     their scores or, without scores, dark among pale ones.

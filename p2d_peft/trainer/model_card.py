@@ -55,7 +55,7 @@ def complete_model_card(trainer: P2DTrainer, model_name: str | None) -> None:
     data.base_model, data.datasets = (name if is_repo_id(name) else None for name in (base, dataset))
 
     has_lora = head_sparse and not in_training and (folder / lora_folder(model) / CONFIG_NAME).is_file()
-    values = {
+    values: dict[str, Any] = {
         "title": inline(model_name or folder.name),
         "method": _method(model),
         "base_model": "a model that is not on the Hub" if data.base_model is None else link(data.base_model),
@@ -146,7 +146,7 @@ def _costs(report: P2DReport) -> _Costs:
     return _Costs(
         stages=stages,
         weights=f"{report.trainable_parameters:,} of {report.total_parameters:,}",
-        epochs=f"{report.epochs:.3g}",
+        epochs=f"{report.epochs:.3g} epoch{'' if report.epochs == 1 else 's'}",
         aer=aer,
     )
 

@@ -6,28 +6,25 @@ import subprocess
 import sys
 
 import pytest
-from PIL import Image
-from safetensors.torch import load
 
-from p2d_peft import HeadScores, HeadSet
+from p2d_peft import HeadSet
 from p2d_peft.report import P2DReport
 
 from ..hub_server import LocalHub
 from ..test_docs import ROOT
 
 
-# The rest of the process that reads the card without this library: what the card says, and the same answers.
+# A process that follows the card without this library, and compares the answers.
 WITHOUT_OUR_LIBRARY = """
 import json, sys, torch
 sys.modules["p2d_peft"] = None
 expected = json.load(open("expected.json"))
-lines = [line for line in expected["block"].splitlines() if "p2d_peft" not in line or line.startswith("#")]
-lines = [line for line in lines if not line.startswith("model =")]
+lines = [line for line in expected["block"].splitlines() if not line.startswith(("import p2d_peft", "model ="))]
 exec("\\n".join(line.removeprefix("# ") if line.startswith("# model =") else line for line in lines))
 with torch.no_grad():
-    answer = model.eval()(input_ids=torch.tensor([[5, 6, 7, 8, 9]])).logits
-torch.testing.assert_close(answer, torch.tensor(expected["logits"]), atol=1e-5, rtol=1e-5)
-assert type(next(iter(model.peft_config.values()))).__name__ == "LoraConfig"
+    logits = model.eval()(input_ids=torch.tensor(expected["ids"])).logits
+torch.testing.assert_close(logits, torch.tensor(expected["logits"]), atol=1e-5, rtol=1e-5)
+assert type(model.peft_config["default"]).__name__ == "LoraConfig"
 """
 
 
@@ -39,12 +36,51 @@ def run(hub, folder, *arguments):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def messages(hub, repo_id):
+    return [commit.message for commit in hub.repo(repo_id).commits[1:]]
+
+
 @pytest.mark.slow
 def test_to_the_hub_and_back(tmp_path):
     with LocalHub() as hub:
-        run(hub, tmp_path, "-m", "tests.trainer.hub_worker", str(tmp_path))
+        run(hub, tmp_path, "-m", "tests.trainer.hub_worker")
         run(hub, tmp_path, "-c", WITHOUT_OUR_LIBRARY)
-        assert set(hub.unknown) <= {"GET /api/agent-harnesses"}
-        print({k: [c.message for c in r.commits] for k, r in hub.repos.items()})
-        print(sorted(hub.files("user/adapter")))
-        print(hub.files("user/adapter")["README.md"].decode())
+    # a question that the client asks once, which has no bearing on repositories
+    assert set(hub.unknown) <= {"GET /api/agent-harnesses"}
+
+    files = hub.files("user/adapter")
+    assert set(files) >= {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "lora/adapter_config.json",
+        "lora/adapter_model.safetensors",
+        "p2d_head_scores.json",
+        "p2d_heads.json",
+        "p2d_heads.png",
+        "p2d_report.json",
+        "p2d_state.json",
+        "tokenizer.json",
+        "last-checkpoint/p2d_state.json",
+        "last-checkpoint/p2d_heads.json",
+    }
+    assert not any(path.endswith(".tmp") or path.startswith("last-checkpoint/lora") for path in files)
+    (tmp_path / "report.json").write_bytes(files["p2d_report.json"])
+    report = P2DReport.load(tmp_path / "report.json")
+    assert HeadSet.from_layers(report.heads) == HeadSet.from_dict(json.loads(files["p2d_heads.json"]))
+    assert f"is {report.aer:.3g}: a speed-up of {report.speedup:.3g}." in files["README.md"].decode()
+
+    steps = ["Training in progress, step 2", "Training in progress, step 4"]
+    both = [message for step in steps for message in (step, f"{step}, checkpoint")]
+    assert messages(hub, "user/adapter") == [*both, "End of training"]
+    assert messages(hub, "user/all") == both
+    assert messages(hub, "user/end") == ["Model save"]
+    # of a push in the midst of training, the card tells what is known by then
+    early = hub.repo("user/all").commits[1].files
+    assert {"README.md", "adapter_model.safetensors", "p2d_heads.json", "p2d_heads.png"} <= set(early)
+    assert "The training was not finished" in early["README.md"].decode() and "lora" not in early["README.md"].decode()
+    assert {"checkpoint-2/p2d_state.json", "checkpoint-4/p2d_state.json"} <= set(hub.files("user/all"))
+
+    assert hub.repo("user/heads").private and not hub.repo("user/adapter").private
+    assert messages(hub, "user/heads")[:2] == ["Upload heads", "Other heads"]
