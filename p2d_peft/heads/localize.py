@@ -56,6 +56,15 @@ _METHODS: dict[str, Callable[[nn.Module, ModelGeometry, Iterable[Batch], int], L
 }
 
 
+# what these look at are outputs of heads, not weights
+_WITHOUT_WEIGHTS = ("gate", "ablation", "random")
+
+
+def needs_weights(method: LocalizeMethod) -> bool:
+    """Whether a method needs floating-point weights, which quantized models do not have."""
+    return method not in _WITHOUT_WEIGHTS
+
+
 def localize_heads(
     model: nn.Module, batches: Iterable[Batch], method: LocalizeMethod = "proxy", seed: int = 42
 ) -> HeadScores:

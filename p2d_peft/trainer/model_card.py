@@ -68,7 +68,7 @@ def complete_model_card(trainer: P2DTrainer, model_name: str | None) -> None:
         "base_literal": literal(data.base_model or "path/to/the/base/model"),
         "subfolder_literal": _path_literal(adapter_folder(model)),
         "lora_literal": _path_literal(lora_folder(model)) if has_lora else None,
-        "choices": None if state is None else _choices(trainer, state, len(ModelGeometry.of(model).heads)),
+        "choices": None if state is None else _choices(model, state),
         "costs": None if trainer.report is None or in_training else _costs(trainer.report),
         "picture": PICTURE_NAME if (folder / PICTURE_NAME).is_file() else None,
         "versions": {"p2d_peft": __version__, **library_versions()}.items(),
@@ -83,36 +83,34 @@ class _Choices:
 
     trains_heads: bool
     heads_by_layer: dict[Any, list[int]] | None
-    n_chosen: str
-    n_heads: str
-    head_share: str
-    localize_method: str
-    rows: str
-    pool_rows: str
-    row_share: str
-    scorer: str
-    tokens: str
-    pool_tokens: str
-    token_share: str
+    table: list[tuple[str, ...]]
 
 
-def _choices(trainer: P2DTrainer, state: P2DState, n_heads: int) -> _Choices:
-    n_chosen, n_rows = len(state.heads or ()), len(state.rows)
+def _choices(model: Any, state: P2DState) -> _Choices:
+    table: list[tuple[str, ...]] = []
+    if state.heads is not None:
+        by = "given" if state.localize_method is None else f"`{state.localize_method}`"
+        table.append(("heads", *_part(len(state.heads), len(ModelGeometry.of(model).heads)), by))
+    if state.rows is None:
+        table.append(("rows", "all", _number(state.pool_rows), _percent(1), ""))
+    else:
+        # users' scorers have any name
+        table.append(("rows", *_part(len(state.rows), state.pool_rows), inline(state.scorer)))
+        table.append(("tokens", *_part(state.selected_tokens, state.pool_tokens), ""))
     return _Choices(
-        trains_heads=trainer._head_sparse_config is not None,
+        trains_heads=is_head_sparse(model),
         heads_by_layer=None if state.heads is None else state.heads.by_layer(),
-        n_chosen=f"{n_chosen:,}",
-        n_heads=f"{n_heads:,}",
-        head_share=_percent(n_chosen / n_heads),
-        localize_method="given" if state.localize_method is None else f"`{state.localize_method}`",
-        rows=f"{n_rows:,}",
-        pool_rows=f"{state.pool_rows:,}",
-        row_share=_percent(n_rows / state.pool_rows),
-        scorer=f"`{trainer.args.scorer}`",
-        tokens=f"{state.selected_tokens:,}",
-        pool_tokens=f"{state.pool_tokens:,}",
-        token_share=_percent(state.selected_tokens / state.pool_tokens),
+        table=table,
     )
+
+
+def _part(chosen: int | None, of: int | None) -> tuple[str, str, str]:
+    share = "" if chosen is None or of is None else _percent(chosen / of)
+    return _number(chosen), _number(of), share
+
+
+def _number(value: int | None) -> str:
+    return "unknown" if value is None else f"{value:,}"
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def test_a_run_is_told_as_it_was(tmp_path):
     text, report = card.text, run.report
     assert text.startswith("\n# My model\n")
     assert "| heads | 3 | 12 | 25.0 % | `taylor` |" in text and f"`{run.heads.by_layer()}`" in text
-    assert "| rows | 16 | 32 | 50.0 % | `random` |" in text
+    assert "| rows | 16 | 32 | 50.0 % | random |" in text
     assert f"| tokens | {report.selected_tokens} | {report.pool_tokens} |" in text
     assert f"| localize | {report.stage_seconds['localize']:.1f} |" in text
     assert f"measured | {report.reference_seconds:.1f} |" in text
@@ -113,7 +113,14 @@ def test_without_heads_none_are_told(tmp_path):
     text = card_of(run).text
     assert run.heads is None
     assert "| heads |" not in text and "HeadSet" not in text and "p2d_heads.png" not in text
-    assert "`length`" in text
+    assert "| length |" in text
+
+
+def test_where_nothing_was_selected_all_rows_are_told(tmp_path):
+    run = trainer(tmp_path, changes={"data_ratio": 1.0})
+    run.train()
+    text = card_of(run).text
+    assert "| rows | all | 32 | 100.0 % |  |" in text and "| tokens |" not in text
 
 
 def test_an_adapter_with_a_name_is_loaded_from_its_subfolder(tmp_path):
