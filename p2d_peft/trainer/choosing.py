@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 
 from ..heads import HeadScores, HeadSet, localize_heads
+from ..heads.localize import default_method
 from ..selection import P2DDataSelector
 from ..selection.pool import dataset_of
 from ..selection.selector import needs_heads
@@ -48,12 +50,10 @@ def choose(trainer: P2DTrainer) -> P2DState:
     heads, method = trainer.heads, None
     with trainer.accelerator.autocast():
         if heads is None and trainer.wants_heads:
-            method = args.localize_method
             with trainer._clock.stage("localize"):
                 trainer.head_scores = _localize(trainer, pool)
-                heads = trainer.head_scores.top(
-                    args.head_ratio, per_layer=args.heads_per_layer, per_group=args.heads_per_group
-                )
+                heads = _best(trainer.head_scores, args)
+            method = trainer.head_scores.method
             logger.info("Localized %d heads by %s: %r", len(heads), method, heads)
         if selects:
             with trainer._clock.stage("select"):
@@ -97,12 +97,21 @@ def _localize(trainer: P2DTrainer, pool: Dataset | IterableDataset) -> HeadScore
     scores = localize_heads(
         trainer.model,
         training_batches(_target(trainer, pool), args.per_device_train_batch_size, trainer.pad_token_id),
-        method=args.localize_method,
+        method=args.localize_method or default_method(trainer.model),
         seed=args.seed,
     )
     # On unlike hardware, or with kernels whose sums come in any order, ranks would not agree on the last digit.
     shared: HeadScores = broadcast_object_list([scores])[0]
     return shared
+
+
+def _best(scores: HeadScores, args: P2DConfig) -> HeadSet:
+    """The heads to train: by default evenly over the depth, as far as their number allows it."""
+    per_layer = args.heads_per_layer
+    if per_layer is None:
+        n_layers = int((~scores.values.isnan()).any(dim=1).sum())
+        per_layer = math.ceil(len(scores.top(args.head_ratio)) / n_layers)
+    return scores.top(args.head_ratio, per_layer=per_layer, per_group=args.heads_per_group)
 
 
 def _selector(trainer: P2DTrainer, heads: HeadSet | None, pool: Dataset | IterableDataset) -> P2DDataSelector:

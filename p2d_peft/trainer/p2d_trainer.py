@@ -144,9 +144,10 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
                 else:
                     ModelGeometry.of(model)
                     is_quantized = getattr(model, "is_quantized", False)
-                if is_quantized and needs_weights(args.localize_method) and not self._heads_are_given(heads):
+                method = args.localize_method
+                if is_quantized and method and needs_weights(method) and not self._heads_are_given(heads):
                     raise ValueError(
-                        f"`localize_method`={args.localize_method!r} needs floating-point weights, and `model` is "
+                        f"`localize_method`={method!r} needs floating-point weights, and `model` is "
                         "quantized. Use 'gate', or give the heads."
                     )
             if self._head_sparse_config is not None and getattr(model, "is_quantized", False):

@@ -84,10 +84,11 @@ def test_a_quantized_model_gets_its_heads_by_gate(how, tmp_path):
         model, quantization = folder, model.config.quantization_config
     changes = {"max_steps": 1, "reference_steps": 0}
     given = {"model": model, "quantization_config": quantization, "changes": changes}
-    with pytest.raises(ValueError, match="'proxy' needs floating-point weights, and `model` is quantized"):
-        trainer(tmp_path, **given)
-    run = trainer(tmp_path, **{**given, "changes": {**changes, "localize_method": "gate"}})
+    with pytest.raises(ValueError, match="'taylor' needs floating-point weights, and `model` is quantized"):
+        trainer(tmp_path, **{**given, "changes": {**changes, "localize_method": "taylor"}})
+    run = trainer(tmp_path, **given)
     run.train()
+    assert run.report.localize_method == "gate"
     assert "Linear4bit" in repr(run.model) and not run.model.get_base_model()._hf_peft_config_loaded
     trained = {name: p.dtype for name, p in run.model.named_parameters() if p.requires_grad}
     assert trained.keys() == deltas(run.model).keys() and set(trained.values()) == {torch.float32}

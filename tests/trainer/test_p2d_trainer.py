@@ -63,7 +63,7 @@ def test_trains_the_chosen_heads_on_the_chosen_rows_and_nothing_else(name, tmp_p
     run = trainer(tmp_path, model)
     pool = run.train_dataset
     run.train()
-    assert len(run.heads) == 3 and run.head_scores.top(0.25) == run.heads
+    assert len(run.heads) == 3 and run.head_scores.top(0.25, per_layer=1) == run.heads
     assert len(run.train_dataset) == 16
     assert all(row in pool["input_ids"][:] for row in run.train_dataset["input_ids"])
     assert {n for n, p in run.model.named_parameters() if p.requires_grad} == set(deltas(run.model))
