@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
+from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from .p2d_trainer import P2DTrainer
 
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
-_README = "README.md"
 _MARKUP = re.compile(r"([\\`*_\[\]<>#|~&!$])")
 
 
@@ -47,7 +47,7 @@ def complete_model_card(trainer: P2DTrainer, model_name: str | None) -> None:
         return
     save_heads(folder, model, trainer.heads, trainer.head_scores)  # the card shows them
 
-    data = ModelCard.load(folder / _README).data
+    data = ModelCard.load(folder / REPOCARD_NAME).data
     data.library_name = "peft"
     data.pipeline_tag = "text-generation"
     # the Hub refuses cards that name what cannot be a repository
@@ -74,7 +74,7 @@ def complete_model_card(trainer: P2DTrainer, model_name: str | None) -> None:
         "versions": {"p2d_peft": __version__, **library_versions()}.items(),
         "tracking": ", ".join(_tracking_links()),
     }
-    ModelCard.from_template(data, template_path=str(_TEMPLATE), **values).save(folder / _README)
+    ModelCard.from_template(data, template_path=str(_TEMPLATE), **values).save(folder / REPOCARD_NAME)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_peft_model
+from huggingface_hub.constants import REPOCARD_NAME
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -45,7 +46,10 @@ def save_beside_model(trainer: P2DTrainer, folder: Path, is_whole: bool) -> None
     model = trainer.accelerator.unwrap_model(trainer.model)
     is_checkpoint = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
     save_heads(folder, model, trainer.heads, trainer.head_scores, picture=not is_checkpoint)
-    if not is_checkpoint:
+    if is_checkpoint:
+        # PEFT's draft of a card, with which the Hub refuses the checkpoint if it names a base model in a local folder
+        (folder / REPOCARD_NAME).unlink(missing_ok=True)
+    else:
         _save_lora(folder, model, is_whole)
 
 
