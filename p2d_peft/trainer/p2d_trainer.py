@@ -30,9 +30,11 @@ from .choosing import choose, scores_folder
 from .config import P2DConfig
 from .deferred_adapter import DeferredAdapter, attach
 from .estimate import estimate_run
+from .model_card import complete_model_card
 from .reference import count_tokens
 from .reporting import make_report, report_metrics
 from .run_estimate import RunEstimate
+from .saved_files import load_head_scores, save_beside_model
 from .state import P2DState
 from .tokenized import tokenized
 
@@ -115,6 +117,8 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         model = given["model"]
         args: P2DConfig = as_p2d_config(given.get("args"), model)
         given["args"] = args
+        if not args.p2d:  # what cards and tags say of a run of SFTTrainer
+            self._tag_names, self._name, self._paper = SFTTrainer._tag_names, SFTTrainer._name, SFTTrainer._paper
 
         self.wants_heads = False
         self.heads: HeadSet | None = None
@@ -259,6 +263,7 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             state, costs = P2DState.load(checkpoint)
             self._clock.set(costs)
             if self._p2d_state is None:
+                self.head_scores = load_head_scores(checkpoint)
                 self._start_from(state)
         elif self._p2d_state is None:
             self._start_from(choose(self))
@@ -331,5 +336,17 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self._p2d_state is not None and self.args.should_save:
-            self._p2d_state.save(Path(output_dir or self.args.output_dir), self._clock.costs)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            if self._p2d_state is not None:
+                self._p2d_state.save(folder, self._clock.costs)
+            save_beside_model(self, folder, is_whole=state_dict is None)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write `README.md` and, of a P2D run, the head map into `output_dir`; see [`~trl.SFTTrainer`]."""
+        with self._clock.paused():
+            super().create_model_card(model_name, dataset_name, tags)
+            if self.is_world_process_zero():
+                complete_model_card(self, model_name)

@@ -12,7 +12,7 @@ MODELS = {"llama": tiny_model, "gpt-neox": LAYOUTS["gpt-neox"].model}
 
 
 @pytest.mark.parametrize(
-    ("name", "embeddings", "head"), [("llama", "embed_tokens", "lm_head"), ("gpt-neox", "embed_in", "embed_out")]
+    ("name", "embeddings", "head"), [("llama", "embed_tokens", "lm_head"), ("gpt-neox", "embed_in", "lm_head")]
 )
 def test_the_model_says_what_its_embeddings_are_called(name, embeddings, head):
     config, model = HeadSparseConfig(trainable_token_indices=[3]), MODELS[name]()
