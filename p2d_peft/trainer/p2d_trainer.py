@@ -28,7 +28,7 @@ from .arguments import as_p2d_config, changed
 from .checks import check_attention, check_optimizer, check_sharding, check_type
 from .choosing import choose, scores_folder
 from .config import P2DConfig
-from .deferred_adapter import DeferredAdapter, attach
+from .deferred_adapter import BackwardEndsAtLowestHead, DeferredAdapter, attach
 from .estimate import estimate_run
 from .model_card import complete_model_card
 from .reference import count_tokens
@@ -314,6 +314,8 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             assert state.heads is not None
             self.model = attach(self.model, self._head_sparse_config, state.heads, self.args)
             self.model_wrapped = self.model
+            if not (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+                self.add_callback(BackwardEndsAtLowestHead)
         check_optimizer(self.optimizer, self.model)
         self.train_dataset = selected
         self._p2d_state = state

@@ -50,8 +50,8 @@ def make_report(trainer: P2DTrainer, state: P2DState | None, costs: StageCosts) 
         speedup=None if aer is None else 1 / aer,
         model=model_id(model),
         seed=trainer.args.seed,
-        # without P2D it may be a model whose heads are not known
-        n_heads=None if state is None else len(ModelGeometry.of(model).heads),
+        # where none was needed, it may be a model whose heads are not known
+        n_heads=None if state is None or state.heads is None else len(ModelGeometry.of(model).heads),
         heads=state.heads.to_dict()["heads"] if state is not None and state.heads is not None else None,
         localize_method=None if state is None else state.localize_method,
         pool_rows=pool_rows,
