@@ -23,7 +23,7 @@ from .samples import Batch
 from .scores import HeadScores
 from .taylor import taylor_scores
 from .trained import trained_scores
-from .weights import LayerScores
+from .weights import LayerScores, attention_weights
 
 
 LocalizeMethod = Literal[
@@ -54,6 +54,24 @@ _METHODS: dict[str, Callable[[nn.Module, ModelGeometry, Iterable[Batch], int], L
     "magnitude": magnitude_scores,
     "random": random_scores,
 }
+
+
+# what these look at are outputs of heads, not weights
+_WITHOUT_WEIGHTS = ("gate", "ablation", "random")
+
+
+def needs_weights(method: LocalizeMethod) -> bool:
+    """Whether a method needs floating-point weights, which quantized models do not have."""
+    return method not in _WITHOUT_WEIGHTS
+
+
+def default_method(model: nn.Module) -> LocalizeMethod:
+    """The paper's method, and the best of those that look at no weights for a model that has no floating-point ones."""
+    try:
+        attention_weights(model, ModelGeometry.of(model), "proxy")
+    except ValueError:
+        return "gate"
+    return "proxy"
 
 
 def localize_heads(

@@ -43,11 +43,11 @@ class P2DReport:
         n_heads (`int`): Heads of the model.
         heads (`dict[str, list[int]]`, *optional*): The selected heads by layer.
         localize_method (`str`, *optional*): How they were found; None if they were given.
-        pool_rows (`int`): Rows of the pool.
-        pool_tokens (`int`): Tokens of the pool.
-        selected_rows (`int`): Rows that were kept.
-        selected_tokens (`int`): Their tokens.
-        scorer (`str`): The scorer that kept them.
+        pool_rows (`int`, *optional*): Rows of the pool; None for a stream of which nothing was selected.
+        pool_tokens (`int`, *optional*): Tokens of the pool.
+        selected_rows (`int`, *optional*): Rows that were kept.
+        selected_tokens (`int`, *optional*): Their tokens.
+        scorer (`str`, *optional*): The scorer that kept them; None if all rows were trained on.
         trainable_parameters (`int`): Weights that were trained.
         total_parameters (`int`): All weights of the model, those of the adapter included.
         versions (`dict[str, str]`): Of Python and of the libraries.
@@ -65,11 +65,11 @@ class P2DReport:
     n_heads: int
     heads: dict[str, list[int]] | None
     localize_method: str | None
-    pool_rows: int
-    pool_tokens: int
-    selected_rows: int
-    selected_tokens: int
-    scorer: str
+    pool_rows: int | None
+    pool_tokens: int | None
+    selected_rows: int | None
+    selected_tokens: int | None
+    scorer: str | None
     trainable_parameters: int
     total_parameters: int
     versions: dict[str, str] = field(default_factory=library_versions)

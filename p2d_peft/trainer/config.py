@@ -21,12 +21,15 @@ class P2DConfig(SFTConfig):
         head_ratio (`float`, *optional*, defaults to `0.1`):
             Share of the attention heads to select, in (0, 1]. The paper takes 10 %.
         heads_per_layer (`int`, *optional*):
-            Select at most so many heads of one layer. By default the ranking is global.
+            Select at most so many heads of one layer. By default as many as an even spread over the layers needs,
+            rounded up: the best heads of all layers together crowd into a few of them, and do worse
+            (`docs/localization.md`). With the number of a layer's heads there is no bound.
         heads_per_group (`int`, *optional*):
             Select at most so many of the heads that share their keys and values. By default there is no such bound.
-        localize_method (`str`, *optional*, defaults to `"proxy"`):
+        localize_method (`str`, *optional*):
             How heads are found: `"proxy"`, `"taylor"`, `"gate"`, `"fisher"`, `"gain"`, `"gain_sgd"`, `"agreement"`,
-            `"ablation"`, `"trained"`, `"magnitude"` or `"random"`; see [`localize_heads`].
+            `"ablation"`, `"trained"`, `"magnitude"` or `"random"`; see [`localize_heads`]. By default `"proxy"`, the
+            paper's, and `"gate"` where weights are quantized.
         data_ratio (`float`, *optional*, defaults to `0.1`):
             Share of the rows of `train_dataset` to train on, in (0, 1]. The paper takes 10 %.
         scorer (`str`, *optional*, defaults to `"affinity"`):
@@ -52,18 +55,22 @@ class P2DConfig(SFTConfig):
     )
     heads_per_layer: Optional[int] = field(  # noqa: UP045
         default=None,
-        metadata={"help": "Select at most so many heads of one layer. By default the ranking is global."},
+        metadata={
+            "help": "Select at most so many heads of one layer. By default as many as an even spread over the layers "
+            "needs, rounded up. With the number of a layer's heads there is no bound."
+        },
     )
     heads_per_group: Optional[int] = field(  # noqa: UP045
         default=None,
         metadata={"help": "Select at most so many of the heads that share their keys and values."},
     )
-    localize_method: LocalizeMethod = field(
-        default="proxy",
+    localize_method: Optional[LocalizeMethod] = field(  # noqa: UP045
+        default=None,
         metadata={
-            "help": "How heads are found. proxy (the paper's): by their shift in a short training; taylor, fisher, gain, "
-            "gain_sgd, agreement: by gradients of their weights; gate, ablation: by what the loss is without them, also "
-            "on quantized models; trained: by training each, on small models; magnitude, random: controls."
+            "help": "How heads are found, by default by proxy, and by gate if weights are quantized. proxy (the paper's): "
+            "by their shift in a short training; taylor, fisher, gain, gain_sgd, agreement: by gradients of their "
+            "weights; gate, ablation: by what the loss is without them, also on quantized models; trained: by training "
+            "each, on small models; magnitude, random: controls."
         },
     )
     data_ratio: float = field(
@@ -106,7 +113,8 @@ class P2DConfig(SFTConfig):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for name, kind in (("localize_method", LocalizeMethod), ("scorer", ScorerName)):
-            if getattr(self, name) not in get_args(kind):
+            optional = (None,) if name == "localize_method" else ()
+            if getattr(self, name) not in (*get_args(kind), *optional):
                 raise ValueError(f"`{name}` must be one of {list(get_args(kind))}, got {getattr(self, name)!r}.")
         if self.target_samples < 1:
             raise ValueError(f"`target_samples` must be at least 1, got {self.target_samples}.")

@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import inspect
-import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_peft_model
-from datasets import Dataset
-from peft import get_peft_model
-from transformers import TrainingArguments
+from datasets import Dataset, IterableDataset
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from trl import SFTTrainer
-from trl.trainer.utils import get_config_model_id
 
 from ..efficiency import StageClock
-from ..heads import HeadScores, HeadSet, ModelGeometry, localize_heads
+from ..heads import HeadScores, HeadSet, ModelGeometry
+from ..heads.localize import needs_weights
 from ..report import P2DReport
 from ..report.run_report import REPORT_NAME
 from ..selection import P2DDataSelector
-from ..selection.pool import kept_rows
+from ..selection.pool import rows_of
 from ..selection.selector import needs_heads
 from ..tuners import HeadSparseConfig
+from .added_tokens import brings_tokens, learn_tokens, load_processing_class, vocabulary
+from .arguments import as_p2d_config, changed
+from .choosing import choose, scores_folder
 from .config import P2DConfig
-from .reference import count_tokens, find_reference, training_batches
+from .deferred_adapter import DeferredAdapter, attach, check_attention, check_optimizer
+from .reference import count_tokens
 from .reporting import make_report, report_metrics
 from .state import P2DState
+from .tokenized import tokenized
 
 
-logger = logging.getLogger(__name__)
-
-
-class P2DTrainer(SFTTrainer):
+class P2DTrainer(SFTTrainer, DeferredAdapter):
     r"""
     Trainer for *From Parameters to Data* (P2D, arXiv 2605.21558), a drop-in for [`~trl.SFTTrainer`].
 
@@ -51,18 +49,24 @@ class P2DTrainer(SFTTrainer):
             All arguments of [`~trl.SFTTrainer`], of which three mean more here:
 
             - `args`: [`P2DConfig`], or any other training arguments, for which P2D's own fields have their defaults;
-            - `train_dataset`: the pool that is selected from. After `train()` the attribute holds the selected rows;
+            - `train_dataset`: the pool that is selected from. What you make of the attribute `train_dataset` before
+              `train()` is what counts; after it the attribute holds the selected rows;
             - `peft_config`: a [`HeadSparseConfig`] (its `heads` are used if it has any, else found), or another PEFT
               config. With the latter, or with a `PeftModel` as `model`, that adapter is trained on the selected rows.
-        target_dataset (`Dataset`, *optional*):
+        target_dataset (`Dataset` or `IterableDataset`, *optional*):
             Samples of the task that heads and rows are chosen for, of any type that `train_dataset` may have. By
             default they are drawn from `train_dataset`.
         heads (`HeadSet`, *optional*):
             The heads, if they are known; nothing is localized then.
+        selector (`P2DDataSelector`, *optional*):
+            What selects the rows, in place of `scorer` and `data_ratio`: with policies, another scorer, or another
+            model. If it has heads and there are no others, these are trained.
 
     Attributes:
         head_scores ([`HeadScores`] or `None`): The localization's result, once there is one.
+        wants_heads (`bool`): Whether the run needs heads, for the adapter or for the scorer.
         heads ([`HeadSet`] or `None`): The selected heads, once they are known.
+        selector ([`P2DDataSelector`] or `None`): What selected the rows, with their scores, once it did.
         report ([`P2DReport`] or `None`): The record of the last training run.
 
     Example:
@@ -92,72 +96,119 @@ class P2DTrainer(SFTTrainer):
     # what TRL and transformers declare more widely than it is here
     args: P2DConfig
     model: Any
+    model_wrapped: Any
     train_dataset: Any
 
     def __init__(
         self,
         *sft_args: Any,
-        target_dataset: Dataset | None = None,
+        target_dataset: Dataset | IterableDataset | None = None,
         heads: HeadSet | None = None,
+        selector: P2DDataSelector | None = None,
         **sft_kwargs: Any,
     ) -> None:
         # Bound by name rather than listed: SFTTrainer's signature changes from release to release.
         given = inspect.signature(SFTTrainer).bind(*sft_args, **sft_kwargs).arguments
-        given["args"] = _as_p2d_config(given.get("args"), given["model"])
-        args: P2DConfig = given["args"]
-        peft_config = given.get("peft_config")
+        model = given["model"]
+        args: P2DConfig = as_p2d_config(given.get("args"), model)
+        given["args"] = args
 
+        self.wants_heads = False
         self.heads: HeadSet | None = None
         self.head_scores: HeadScores | None = None
+        self.selector = selector
         self.report: P2DReport | None = None
+        self.target_dataset = target_dataset
         self._head_sparse_config: HeadSparseConfig | None = None
         self._p2d_state: P2DState | None = None
         self._clock = StageClock()
+        self._pool_is_next = args.p2d
+        known_tokens: dict[str, int] = {}
 
         if args.p2d:
-            if not isinstance(given.get("train_dataset"), Dataset):
-                raise TypeError(
-                    "`train_dataset` must be a `datasets.Dataset` to select from, got "
-                    f"{type(given.get('train_dataset')).__name__}. Streams are not supported yet."
-                )
-            if target_dataset is not None and not isinstance(target_dataset, Dataset):
-                raise TypeError(f"`target_dataset` must be a `datasets.Dataset`, got {type(target_dataset).__name__}.")
-            if heads is not None and not isinstance(heads, HeadSet):
-                raise TypeError(f"`heads` must be a `HeadSet`, got {type(heads).__name__}.")
-            is_loaded = not isinstance(given["model"], str)
-            if is_loaded:  # a model that is yet to be loaded is checked afterwards
-                ModelGeometry.of(given["model"])
-            if peft_config is None and not (is_loaded and is_peft_model(given["model"])):
-                peft_config = HeadSparseConfig(task_type="CAUSAL_LM")
-            if isinstance(peft_config, HeadSparseConfig):
-                if heads is not None and peft_config.heads is not None:
-                    raise ValueError("Give the heads as `heads` or in `peft_config`, not both.")
-                if given.get("optimizers", (None, None))[0] is not None:
+            _check_type("target_dataset", target_dataset, (Dataset, IterableDataset), "a `datasets.Dataset`")
+            _check_type("heads", heads, (HeadSet,), "a `HeadSet`")
+            _check_type("selector", selector, (P2DDataSelector,), "a `P2DDataSelector`")
+            self._head_sparse_config = self._deferred_config(given, heads)
+            self.wants_heads = self._head_sparse_config is not None or (
+                selector is None and args.data_ratio < 1 and needs_heads(args.scorer)
+            )
+            if self.wants_heads:
+                # before anything is loaded or tokenized
+                if isinstance(model, str):
+                    is_quantized = check_attention(model, args) or given.get("quantization_config") is not None
+                else:
+                    ModelGeometry.of(model)
+                    is_quantized = getattr(model, "is_quantized", False)
+                method = args.localize_method
+                if is_quantized and method and needs_weights(method) and not self._heads_are_given(heads):
                     raise ValueError(
-                        "`optimizers` holds an optimizer, but the weights to train do not exist before `train()`. Pass "
-                        "`optimizer_cls_and_kwargs` instead."
+                        f"`localize_method`={method!r} needs floating-point weights, and `model` is "
+                        "quantized. Use 'gate', or give the heads."
                     )
-                # attached in train(), when the heads are known
-                self._head_sparse_config = peft_config
-                given["peft_config"] = None
+            if self._head_sparse_config is not None and getattr(model, "is_quantized", False):
+                # As attaching will. SFTTrainer casts what a quantized model trains, and these weights are not of it.
+                model.requires_grad_(False)
+            if self._head_sparse_config is not None and brings_tokens(args):
+                if given.get("processing_class") is None:
+                    given["processing_class"] = load_processing_class(model, args)
+                known_tokens = vocabulary(given["processing_class"])
 
         super().__init__(**given)
 
-        self.target_dataset = target_dataset
         if args.p2d:
-            geometry = ModelGeometry.of(self.model)
-            if self._head_sparse_config is not None and self._head_sparse_config.heads is not None:
-                heads = self._head_sparse_config.head_set(geometry)
-            self.heads = None if heads is None else geometry.check(heads)
-            if target_dataset is not None and not self._skip_prepare_dataset:
-                self.target_dataset = super()._prepare_dataset(
-                    target_dataset,
-                    self.processing_class,
-                    _unshuffled(args),
-                    False,
-                    given.get("formatting_func"),
-                    "target",
-                )
+            self._after_init(heads, known_tokens, given.get("formatting_func"))
+
+    def _heads_are_given(self, heads: HeadSet | None) -> bool:
+        in_config = self._head_sparse_config is not None and self._head_sparse_config.heads is not None
+        in_selector = self.selector is not None and self.selector.engine.heads is not None
+        return heads is not None or in_config or in_selector
+
+    def _deferred_config(self, given: dict[str, Any], heads: HeadSet | None) -> HeadSparseConfig | None:
+        """The HeadSparse adapter to attach in `train()`, when the heads are known; taken from SFTTrainer's arguments."""
+        config = given.get("peft_config")
+        if config is None and (isinstance(given["model"], str) or not is_peft_model(given["model"])):
+            config = HeadSparseConfig(task_type="CAUSAL_LM")
+        if not isinstance(config, HeadSparseConfig):
+            return None
+        if heads is not None and config.heads is not None:
+            raise ValueError("Give the heads as `heads` or in `peft_config`, not both.")
+        if given.get("optimizers", (None, None))[0] is not None:
+            raise ValueError(
+                "`optimizers` holds an optimizer, but the weights to train do not exist before `train()`. Pass "
+                "`optimizer_cls_and_kwargs` instead."
+            )
+        given["peft_config"] = None
+        return config
+
+    def _after_init(self, heads: HeadSet | None, known_tokens: dict[str, int], formatting_func: Any) -> None:
+        args, config = self.args, self._head_sparse_config
+        self._pool_is_next = False
+        if self._is_vision_dataset:
+            raise ValueError(
+                "`train_dataset` has images, and P2D chooses heads and rows by text. Train on it with `p2d=False`."
+            )
+        if config is not None and known_tokens:
+            if added := sorted(set(vocabulary(self._tokenizer).values()) - set(known_tokens.values())):
+                learn_tokens(config, added)
+        if heads is None and config is not None and config.heads is not None:
+            heads = config.head_set(ModelGeometry.of(self.model))
+        if heads is None and is_peft_model(self.model):
+            active = self.model.peft_config[self.model.active_adapter]
+            if isinstance(active, HeadSparseConfig):
+                heads = active.head_set(ModelGeometry.of(self.model))
+        if heads is None and self.selector is not None:
+            heads = self.selector.engine.heads
+        self.heads = None if heads is None else ModelGeometry.of(self.model).check(heads)
+        if self.target_dataset is not None and not self._skip_prepare_dataset:
+            self.target_dataset = super()._prepare_dataset(
+                self.target_dataset,
+                self.processing_class,
+                changed(args, shuffle_dataset=False),
+                False,
+                formatting_func,
+                "target",
+            )
 
     def _prepare_dataset(
         self,
@@ -168,11 +219,12 @@ class P2DTrainer(SFTTrainer):
         formatting_func: Callable[[dict[str, Any]], str] | None,
         dataset_name: str,
     ) -> Any:
-        if args.p2d and packing and dataset_name == "train":
-            # Rows are chosen as samples and packed afterwards, see _start_from. Packing, not truncation, deals with
-            # long rows, so they keep their length.
-            packing, args = False, copy.copy(args)
-            args.max_length = None
+        if self._pool_is_next:  # SFTTrainer prepares the training set first
+            self._pool_is_next = False
+            if packing:
+                # Rows are chosen as samples and packed afterwards, see _start_from. Packing, not truncation, deals
+                # with long rows, so they keep their length.
+                packing, args = False, changed(args, max_length=None)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
     def train(
@@ -200,87 +252,41 @@ class P2DTrainer(SFTTrainer):
             if self._p2d_state is None:
                 self._start_from(state)
         elif self._p2d_state is None:
-            self._start_from(self._choose())
+            self._start_from(choose(self))
         else:  # a second training is charged for itself, and again for what it builds on
             self._clock.set({name: value for name, value in self._clock.seconds.items() if name != "train"})
         with self._clock.stage("train"):
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        if (folder := scores_folder(self.args)) is not None and self.is_world_process_zero():
+            shutil.rmtree(folder, ignore_errors=True)
+        return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         # What a user wants to know along the way is no part of the method, nor of the reference.
         with self._clock.paused():
             return super().evaluate(*args, **kwargs)
 
-    def _choose(self) -> P2DState:
-        """Run the first two stages."""
-        args, pool = self.args, self.train_dataset
-        target = self.target_dataset if self.target_dataset is not None else pool
-        target = target.shuffle(seed=args.seed).select(range(min(args.target_samples, len(target))))
-        heads, method = self.heads, None
-        with self.accelerator.autocast():
-            with_heads = self._head_sparse_config is not None or needs_heads(args.scorer)
-            if heads is None and with_heads:
-                method = args.localize_method
-                with self._clock.stage("localize"):
-                    self.head_scores = localize_heads(
-                        self.model,
-                        training_batches(target, args.per_device_train_batch_size, self.pad_token_id),
-                        method=method,
-                        seed=args.seed,
-                    )
-                    heads = self.head_scores.top(
-                        args.head_ratio, per_layer=args.heads_per_layer, per_group=args.heads_per_group
-                    )
-                logger.info("Localized %d heads by %s: %r", len(heads), method, heads)
-            with self._clock.stage("select"):
-                selector = P2DDataSelector(
-                    self.model,
-                    self._tokenizer,
-                    heads=heads,
-                    target=target,
-                    scorer=args.scorer,
-                    ratio=args.data_ratio,
-                    args=args,
-                    batch_size=args.per_device_eval_batch_size,
-                    seed=args.seed,
-                )
-                scores = selector.score(pool)
-                rows = selector.choose(scores)
-            logger.info("Selected %d of %d rows by %s", len(rows), len(pool), args.scorer)
-        return P2DState(
-            heads=heads,
-            localize_method=method,
-            rows=rows,
-            scores=scores[rows].tolist(),
-            pool_rows=len(pool),
-            pool_tokens=count_tokens(pool),
-            selected_tokens=count_tokens(pool.select(rows)),
-            reference=find_reference(self, pool),
-        )
-
     def _start_from(self, state: P2DState) -> None:
         """Put the chosen rows in the place of the pool and attach the adapter to the chosen heads."""
         pool = self.train_dataset
-        if len(pool) != state.pool_rows:
+        if isinstance(pool, Dataset) and len(pool) != state.pool_rows:
             raise ValueError(
                 f"The checkpoint's rows were selected from {state.pool_rows} rows, but `train_dataset` has {len(pool)}; "
                 "pass the same dataset to resume."
             )
-        selected = kept_rows(pool.select(state.rows), state.scores)
-        self.train_dataset = self._packed(selected) if self.args.packing else selected
+        selected = pool if state.rows is None else rows_of(pool, state.rows)
+        if state.selected_tokens is None and state.rows is not None:
+            state.selected_tokens = count_tokens(tokenized(self, selected))
+        if self.args.packing and not self._skip_prepare_dataset:
+            selected = super()._prepare_dataset(selected, self.processing_class, self.args, True, None, "selected")
         self.heads = state.heads
         if self._head_sparse_config is not None:
-            config = copy.deepcopy(self._head_sparse_config)
-            config.set_heads(state.heads)
-            self.model = self.model_wrapped = get_peft_model(self.model, config)
-            if (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
-                # Reentrant checkpoints pass no gradient on unless their input needs one. The others do, and then
-                # the backward pass can end at the lowest chosen head.
-                self.model.enable_input_require_grads()
+            assert state.heads is not None
+            self.model = attach(self.model, self._head_sparse_config, state.heads, self.args)
+            self.model_wrapped = self.model
+        check_optimizer(self.optimizer, self.model)
+        self.train_dataset = selected
         self._p2d_state = state
-
-    def _packed(self, dataset: Dataset) -> Dataset:
-        return super()._prepare_dataset(dataset, self.processing_class, self.args, True, None, "selected")
 
     @property
     def pad_token_id(self) -> int:
@@ -304,19 +310,6 @@ class P2DTrainer(SFTTrainer):
             self._p2d_state.save(Path(output_dir or self.args.output_dir), self._clock.seconds)
 
 
-def _as_p2d_config(args: TrainingArguments | None, model: Any) -> P2DConfig:
-    """Any training arguments as a `P2DConfig`, as `SFTTrainer` makes an `SFTConfig` of them."""
-    if isinstance(args, P2DConfig):
-        return args
-    if args is None:
-        name = model if isinstance(model, str) else get_config_model_id(model.config)
-        return P2DConfig(f"{name.split('/')[-1]}-P2D")
-    # to_dict hides every token, those of the tokenizer, too
-    hidden = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name.endswith("_token")}
-    return P2DConfig(**{**args.to_dict(), **hidden})
-
-
-def _unshuffled(args: P2DConfig) -> P2DConfig:
-    args = copy.copy(args)
-    args.shuffle_dataset = False
-    return args
+def _check_type(name: str, value: Any, types: tuple[type, ...], wanted: str) -> None:
+    if value is not None and not isinstance(value, types):
+        raise TypeError(f"`{name}` must be {wanted}, got {type(value).__name__}.")

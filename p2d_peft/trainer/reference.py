@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..efficiency import Reference, estimate_reference
 from ..model_state import model_device, preserved_state
+from ..selection.pool import dataset_of
 from .config import P2DConfig
 
 
@@ -22,23 +23,31 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def find_reference(trainer: P2DTrainer, pool: Dataset) -> Reference | None:
+def find_reference(
+    trainer: P2DTrainer, pool: Dataset | IterableDataset, pool_rows: int | None, pool_tokens: int | None
+) -> Reference | None:
     """
     The reference as the user gave it, or estimated from a few steps if that is wanted and possible. It is no stage of
     the method and charged to none.
 
     Args:
         trainer (`P2DTrainer`): A trainer before its adapter is attached; its model, flags and random numbers stay.
-        pool (`Dataset`): The whole prepared pool.
+        pool (`Dataset` or `IterableDataset`): The whole tokenized pool.
+        pool_rows (`int`, *optional*): Its rows. Where they are unknown, nothing can be estimated.
+        pool_tokens (`int`, *optional*): Its tokens.
     """
     args: P2DConfig = trainer.args
     if args.reference_seconds is not None:
         return Reference(args.reference_seconds / args.num_train_epochs, "given")
-    if args.reference_steps == 0:
+    if args.reference_steps == 0 or pool_rows is None or pool_tokens is None:
         return None
     model, size = trainer.model, args.per_device_train_batch_size
     device = model_device(model)
-    drawn = pool.shuffle(seed=args.seed).select(range(min(len(pool), (args.reference_steps + 1) * size)))
+    count = min(pool_rows, (args.reference_steps + 1) * size)
+    if isinstance(pool, IterableDataset):
+        drawn = dataset_of(list(pool.take(count)), pool)
+    else:
+        drawn = pool.shuffle(seed=args.seed).select(range(count))
     batches = [
         {key: value.to(device) for key, value in batch.items()}
         for batch in training_batches(drawn, size, trainer.pad_token_id)
@@ -58,8 +67,8 @@ def find_reference(trainer: P2DTrainer, pool: Dataset) -> Reference | None:
                 batches,
                 training_loss,
                 lambda parameters: optimizer_class(parameters, **optimizer_kwargs),
-                pool_tokens=count_tokens(pool),
-                steps_per_epoch=max(1, round(len(pool) / (size * args.gradient_accumulation_steps))),
+                pool_tokens=pool_tokens,
+                steps_per_epoch=max(1, round(pool_rows / (size * args.gradient_accumulation_steps))),
             )
     except (ValueError, torch.OutOfMemoryError) as error:
         logger.warning(

@@ -45,9 +45,9 @@ def make_report(trainer: P2DTrainer, state: P2DState, stage_seconds: dict[str, f
         localize_method=state.localize_method,
         pool_rows=state.pool_rows,
         pool_tokens=state.pool_tokens,
-        selected_rows=len(state.rows),
+        selected_rows=state.pool_rows if state.rows is None else len(state.rows),
         selected_tokens=state.selected_tokens,
-        scorer=trainer.args.scorer,
+        scorer=state.scorer,
         trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         total_parameters=sum(p.numel() for p in parameters),
     )
@@ -60,6 +60,7 @@ def report_metrics(report: P2DReport) -> dict[str, float]:
         metrics["train_p2d_reference_seconds"] = report.reference_seconds
         metrics["train_p2d_aer"] = report.aer
         metrics["train_p2d_speedup"] = report.speedup
-    metrics["train_p2d_selected_rows"] = report.selected_rows
-    metrics["train_p2d_selected_tokens"] = report.selected_tokens
+    if report.selected_rows is not None and report.selected_tokens is not None:
+        metrics["train_p2d_selected_rows"] = report.selected_rows
+        metrics["train_p2d_selected_tokens"] = report.selected_tokens
     return metrics

@@ -24,22 +24,24 @@ class P2DState:
     Args:
         heads (`HeadSet`, *optional*): The selected heads; None if none were needed.
         localize_method (`str`, *optional*): How they were found; None if they were given.
-        rows (`list[int]`): The selected rows of the pool, ascending.
-        scores (`list[float]`): Their scores.
-        pool_rows (`int`): Rows of the pool.
-        pool_tokens (`int`): Tokens of the pool.
-        selected_tokens (`int`): Tokens of the selected rows.
+        scorer (`str`, *optional*): How the rows were scored; None if all are trained on.
+        rows (`list[int]`, *optional*): The selected rows of the pool, ascending; None for all.
+        scores (`list[float]`, *optional*): Their scores.
+        pool_rows (`int`, *optional*): Rows of the pool; None for a stream that was not read.
+        pool_tokens (`int`, *optional*): Tokens of the pool.
+        selected_tokens (`int`, *optional*): Tokens of the selected rows.
         reference (`Reference`, *optional*): The reference, if there is one.
     """
 
     heads: HeadSet | None
     localize_method: str | None
-    rows: list[int]
-    scores: list[float]
-    pool_rows: int
-    pool_tokens: int
-    selected_tokens: int
-    reference: Reference | None
+    scorer: str | None = None
+    rows: list[int] | None = None
+    scores: list[float] | None = None
+    pool_rows: int | None = None
+    pool_tokens: int | None = None
+    selected_tokens: int | None = None
+    reference: Reference | None = None
 
     def save(self, folder: str | Path, stage_seconds: Mapping[str, float]) -> None:
         """Write the state and the seconds of the stages so far into a checkpoint's folder."""

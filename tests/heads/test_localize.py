@@ -7,7 +7,7 @@ import torch
 
 from p2d_peft import P2DConfig
 from p2d_peft.heads import HeadSet, ModelGeometry, localize_heads
-from p2d_peft.heads.localize import LocalizeMethod
+from p2d_peft.heads.localize import LocalizeMethod, default_method, needs_weights
 
 from ..model_checks import assert_unchanged, mixed_state, snapshot
 from ..tiny_models import ARCHITECTURES, FEW, LAYOUTS, random_batch, tiny_model
@@ -257,3 +257,10 @@ def test_the_table_knows_the_groups():
     geometry = ModelGeometry.of(LAYOUTS["jamba"].model())
     assert jamba.n_kv_heads == tuple(geometry[n].n_kv_heads if n in geometry else 0 for n in geometry.rows)
     assert 0 in jamba.n_kv_heads
+
+
+def test_the_default_is_proxy_where_there_are_weights():
+    model = tiny_model()
+    assert default_method(model) == "proxy"
+    assert default_method(model.to("meta")) == "gate"
+    assert needs_weights("proxy") and not needs_weights("gate")

@@ -1,0 +1,143 @@
+"""The first two stages in terms of a trainer: which heads, and which rows."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, IterableDataset
+
+from ..heads import HeadScores, HeadSet, localize_heads
+from ..heads.localize import default_method
+from ..selection import P2DDataSelector
+from ..selection.pool import dataset_of
+from ..selection.selector import needs_heads
+from .added_tokens import vocabulary
+from .arguments import changed
+from .config import P2DConfig
+from .reference import count_tokens, find_reference, training_batches
+from .state import P2DState
+from .tokenized import tokenized
+
+
+if TYPE_CHECKING:
+    from .p2d_trainer import P2DTrainer
+
+logger = logging.getLogger(__name__)
+
+# A stream is not read to its end to draw a target from it.
+STREAM_BUFFER = 1_000
+
+# Not pushed to the Hub: Trainer leaves out what begins with an underscore.
+SCORES_FOLDER = "_p2d_scores"
+
+
+def choose(trainer: P2DTrainer) -> P2DState:
+    """
+    Localize and select, as far as the trainer's arguments ask for it. The trainer's model is what it was afterwards, and
+    its `head_scores` and `selector` are set.
+
+    Args:
+        trainer (`P2DTrainer`): A trainer before its adapter is attached.
+    """
+    args: P2DConfig = trainer.args
+    pool = tokenized(trainer, trainer.train_dataset)
+    selects = trainer.selector is not None or args.data_ratio < 1
+    heads, method = trainer.heads, None
+    with trainer.accelerator.autocast():
+        if heads is None and trainer.wants_heads:
+            with trainer._clock.stage("localize"):
+                trainer.head_scores = _localize(trainer, pool)
+                heads = _best(trainer.head_scores, args)
+            method = trainer.head_scores.method
+            logger.info("Localized %d heads by %s: %r", len(heads), method, heads)
+        if selects:
+            with trainer._clock.stage("select"):
+                selector = trainer.selector = trainer.selector or _selector(trainer, heads, pool)
+                selector.select(_raw_where_another_tokenizer_reads(selector, trainer, pool))
+    # a stream's numbers are known once it was read
+    n_rows = len(pool) if isinstance(pool, Dataset) else None
+    n_tokens = count_tokens(pool) if isinstance(pool, Dataset) else None
+    state = P2DState(heads, method, pool_rows=n_rows, pool_tokens=n_tokens, selected_tokens=n_tokens)
+    if selects:
+        _note_selection(state, selector)
+    state.reference = find_reference(trainer, pool, state.pool_rows, state.pool_tokens)
+    return state
+
+
+def _note_selection(state: P2DState, selector: P2DDataSelector) -> None:
+    report, rows, scores = selector.report, selector.rows, selector.scores
+    assert report is not None and rows is not None and scores is not None
+    logger.info("Selected %d of %d rows by %s", len(rows), report.n_rows, selector.engine.scorer.name)
+    state.scorer = selector.engine.scorer.name
+    state.rows = rows
+    state.scores = scores[rows].tolist()
+    state.selected_tokens = None  # counted where they are put in the pool's place
+    if state.pool_rows is None:
+        state.pool_rows, state.pool_tokens = report.n_rows, report.n_tokens
+
+
+def _target(trainer: P2DTrainer, pool: Dataset | IterableDataset) -> Dataset:
+    """At most `target_samples` samples of the task, drawn with the run's seed."""
+    given = trainer.target_dataset
+    target = pool if given is None else tokenized(trainer, given)
+    count, seed = trainer.args.target_samples, trainer.args.seed
+    if isinstance(target, IterableDataset):
+        drawn = target.shuffle(seed=seed, buffer_size=STREAM_BUFFER).take(count)
+        return dataset_of(list(drawn), target)
+    return target.shuffle(seed=seed).select(range(min(count, len(target))))
+
+
+def _localize(trainer: P2DTrainer, pool: Dataset | IterableDataset) -> HeadScores:
+    args = trainer.args
+    scores = localize_heads(
+        trainer.model,
+        training_batches(_target(trainer, pool), args.per_device_train_batch_size, trainer.pad_token_id),
+        method=args.localize_method or default_method(trainer.model),
+        seed=args.seed,
+    )
+    # On unlike hardware, or with kernels whose sums come in any order, ranks would not agree on the last digit.
+    shared: HeadScores = broadcast_object_list([scores])[0]
+    return shared
+
+
+def _best(scores: HeadScores, args: P2DConfig) -> HeadSet:
+    """The heads to train: by default evenly over the depth, as far as their number allows it."""
+    per_layer = args.heads_per_layer
+    if per_layer is None:
+        n_layers = int((~scores.values.isnan()).any(dim=1).sum())
+        per_layer = math.ceil(len(scores.top(args.head_ratio)) / n_layers)
+    return scores.top(args.head_ratio, per_layer=per_layer, per_group=args.heads_per_group)
+
+
+def _selector(trainer: P2DTrainer, heads: HeadSet | None, pool: Dataset | IterableDataset) -> P2DDataSelector:
+    args = trainer.args
+    return P2DDataSelector(
+        trainer.model,
+        trainer._tokenizer,
+        heads=heads if needs_heads(args.scorer) else None,
+        target=_target(trainer, pool),
+        scorer=args.scorer,
+        ratio=args.data_ratio,
+        args=changed(args, chat_template_path=None),  # the trainer took it over by now
+        batch_size=args.per_device_eval_batch_size,
+        seed=args.seed,
+        cache_dir=scores_folder(args),
+    )
+
+
+def scores_folder(args: P2DConfig) -> Path | None:
+    """Where scores are kept until the training is over, so that a killed run goes on from there."""
+    several_machines = os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1")
+    return None if several_machines else Path(args.output_dir) / SCORES_FOLDER
+
+
+def _raw_where_another_tokenizer_reads(selector: P2DDataSelector, trainer: P2DTrainer, pool: Any) -> Any:
+    """A selector with another model reads the rows' text, not our tokens."""
+    if vocabulary(selector.engine.processing_class) == vocabulary(trainer._tokenizer):
+        return pool
+    return pool.remove_columns(["input_ids", "labels"])

@@ -1,0 +1,301 @@
+"""What a script may do with `SFTTrainer`, done with `P2DTrainer`."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import EarlyStoppingCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from p2d_peft import HeadSet, HeadSparseConfig, P2DDataSelector, P2DTrainer
+from p2d_peft.selection.policies import Quotas
+from p2d_peft.trainer import choosing
+
+from ..quantized_models import load_quantized, save_base
+from ..tiny_data import KINDS, conversational, prompt_completion, rows, text
+from ..tiny_models import tiny_model, tiny_tokenizer
+from .test_p2d_trainer import assert_same_weights, config, deltas, trainer
+
+
+HEADS = HeadSet([(0, 1), (2, 3)])
+
+
+def short_run(tmp_path, changes=None, **kwargs):
+    """A short run on given heads, without a reference."""
+    return trainer(tmp_path, changes={"reference_steps": 0, "max_steps": 2, **(changes or {})}, heads=HEADS, **kwargs)
+
+
+def test_with_given_heads_and_all_rows_it_is_sft_trainer_with_head_sparse_step_for_step(tmp_path):
+    run = short_run(tmp_path, {"data_ratio": 1.0, "max_steps": -1})
+    run.train()
+    args = SFTConfig(
+        **{name: value for name, value in vars(run.args).items() if name in SFTConfig.__dataclass_fields__}
+    )
+    plain = SFTTrainer(
+        tiny_model(),
+        args,
+        train_dataset=prompt_completion(32),
+        processing_class=tiny_tokenizer(),
+        peft_config=HeadSparseConfig(heads=HEADS),
+    )
+    plain.train()
+    keys = ("loss", "grad_norm", "learning_rate", "step", "num_tokens")
+    ours, theirs = ([[entry.get(key) for key in keys] for entry in t.state.log_history[:-1]] for t in (run, plain))
+    assert ours == theirs and len(ours) == 16
+    assert_same_weights(deltas(run.model), deltas(plain.model))
+    assert run.selector is None and run.report.scorer is None and run.report.selected_rows == 32
+    assert set(run.report.stage_seconds) == {"train"}
+
+
+@pytest.mark.parametrize("kind", ["text", "prompt_completion", "conversational"])
+def test_a_stream_gives_the_rows_that_its_list_gives(kind, tmp_path):
+    pool, target = KINDS[kind](24), KINDS[kind](4, seed=1)
+    changes = {"max_steps": 3, "shuffle_dataset": False}
+    whole = trainer(tmp_path / "a", pool=pool, target=target, changes=changes)
+    whole.train()
+    stream = trainer(tmp_path / "b", pool=pool.to_iterable_dataset(), target=target, changes=changes)
+    stream.train()
+    assert stream.heads == whole.heads
+    assert isinstance(stream.train_dataset, Dataset)
+    assert stream.train_dataset["input_ids"][:] == whole.train_dataset["input_ids"][:]
+    assert (stream.report.pool_rows, stream.report.pool_tokens) == (24, whole.report.pool_tokens)
+    assert stream.report.selected_tokens == whole.report.selected_tokens
+    assert stream.report.aer is not None  # from steps on its first rows
+    assert_same_weights(deltas(stream.model), deltas(whole.model))
+
+
+def test_all_of_a_stream_is_trained_on_as_it_comes_and_a_target_is_drawn_from_it(tmp_path):
+    pool = text(24).to_iterable_dataset()
+    changes = {"max_steps": 2, "data_ratio": 1.0, "target_samples": 5}
+    run = P2DTrainer(tiny_model(), config(tmp_path, **changes), train_dataset=pool, processing_class=tiny_tokenizer())
+    run.train()
+    assert run.head_scores.n_samples == 5 and not isinstance(run.train_dataset, Dataset)
+    assert (run.report.pool_rows, run.report.aer, run.report.selected_rows) == (None, None, None)
+
+
+@pytest.mark.parametrize("how", ["object", "name"])
+def test_a_quantized_model_gets_its_heads_by_gate(how, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    folder = str(save_base(tmp_path / "base"))
+    model, quantization = load_quantized(folder, "nf4"), None
+    if how == "name":
+        model, quantization = folder, model.config.quantization_config
+    changes = {"max_steps": 1, "reference_steps": 0}
+    given = {"model": model, "quantization_config": quantization, "changes": changes}
+    with pytest.raises(ValueError, match="'taylor' needs floating-point weights, and `model` is quantized"):
+        trainer(tmp_path, **{**given, "changes": {**changes, "localize_method": "taylor"}})
+    run = trainer(tmp_path, **given)
+    run.train()
+    assert run.report.localize_method == "gate"
+    assert "Linear4bit" in repr(run.model) and not run.model.get_base_model()._hf_peft_config_loaded
+    trained = {name: p.dtype for name, p in run.model.named_parameters() if p.requires_grad}
+    assert trained.keys() == deltas(run.model).keys() and set(trained.values()) == {torch.float32}
+    assert all((delta != 0).any() for delta in deltas(run.model).values())
+
+
+def test_a_model_with_head_sparse_on_it_is_trained_as_it_is_and_its_heads_select(tmp_path):
+    model = get_peft_model(tiny_model(), HeadSparseConfig(heads=HEADS, target_modules=["o_proj"]))
+    run = trainer(tmp_path, model=model, changes={"max_steps": 1, "reference_steps": 0})
+    before = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert run.heads == HEADS
+    run.train()
+    assert run.model is model and {name for name, p in model.named_parameters() if p.requires_grad} == before
+    assert run.report.localize_method is None
+
+
+class TestSelector:
+    def pool(self):
+        return Dataset.from_list(rows(20))  # with the column `task`
+
+    def test_ones_own_selects_with_its_heads_and_policies(self, tmp_path):
+        model = tiny_model()
+        selector = P2DDataSelector(
+            model,
+            tiny_tokenizer(),
+            heads=HEADS,
+            target=prompt_completion(4, seed=1),
+            num_samples=6,
+            policies=[Quotas("task", {"copy": 0.5, "count": 0.5})],
+        )
+        run = trainer(tmp_path, model, pool=self.pool(), selector=selector, changes={"reference_steps": 0})
+        run.train()
+        assert run.heads == HEADS and run.report.localize_method is None
+        assert sorted(run.train_dataset["task"]) == ["copy"] * 3 + ["count"] * 3
+        assert run.selector is selector and run.report.selected_rows == 6
+
+    def test_one_with_another_tokenizer_reads_the_text(self, tmp_path):
+        other = tiny_tokenizer()
+        other.add_tokens(["copy"])  # other ids for the same text
+        small = tiny_model(vocab_size=len(other))
+        selector = P2DDataSelector(small, other, scorer="perplexity", ratio=0.25)
+        expected = [row["prompt"] for row in selector.select(self.pool())]
+        run = short_run(tmp_path, pool=self.pool(), selector=selector)
+        run.train()
+        assert run.train_dataset["prompt"][:] == expected
+
+
+def test_tokens_of_a_cloned_chat_template_are_learnt(tmp_path):
+    source = tiny_tokenizer()
+    source.add_tokens(["<|new|>"], special_tokens=True)
+    source.save_pretrained(tmp_path / "source")
+    changes = {"chat_template_path": str(tmp_path / "source"), "max_steps": 1, "reference_steps": 0}
+    run = trainer(tmp_path, pool=conversational(8), target=conversational(4, seed=1), changes=changes)
+    run.train()
+    adapter = run.model.peft_config["default"]
+    new = run.processing_class.convert_tokens_to_ids("<|new|>")
+    assert new in adapter.trainable_token_indices["embed_tokens"] and adapter.modules_to_save == ["lm_head"]
+    assert any("trainable_tokens" in name for name, p in run.model.named_parameters() if p.requires_grad)
+
+
+def test_scores_of_a_run_that_died_are_used_and_then_removed(tmp_path, monkeypatch):
+    folder = tmp_path / choosing.SCORES_FOLDER
+    died = trainer(tmp_path, changes={"max_steps": 1})
+    monkeypatch.setattr(choosing, "find_reference", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        died.train()
+    monkeypatch.undo()
+    assert list(folder.rglob("*.arrow"))
+    again = trainer(tmp_path, changes={"max_steps": 1})
+    again.train()
+    assert again.selector.report.n_resumed == 32 and not folder.exists()
+    fresh = trainer(tmp_path / "fresh", changes={"max_steps": 1})
+    fresh.train()
+    assert again.train_dataset.to_list() == fresh.train_dataset.to_list()
+    assert fresh.selector.report.n_resumed == 0
+
+
+def test_the_optimizer_holds_the_trained_weights_and_no_others(tmp_path):
+    run = short_run(tmp_path, optimizer_cls_and_kwargs=(torch.optim.Adagrad, {"lr": 0.1}))
+    run.train()
+    optimizer = run.optimizer.optimizer
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert isinstance(optimizer, torch.optim.Adagrad)
+    assert held == {id(p) for name, p in run.model.named_parameters() if name in deltas(run.model)}
+
+
+def test_an_optimizer_made_by_hand_is_used_if_it_covers_the_adapter(tmp_path):
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    mine = torch.optim.SGD(trained, lr=0.5)
+    run = short_run(tmp_path, model=model, optimizers=(mine, None))
+    run.train()
+    assert run.optimizer.optimizer is mine
+    short = short_run(tmp_path, model=model, optimizers=(torch.optim.SGD(trained[:1], lr=0.5), None))
+    with pytest.raises(ValueError, match="`optimizers` holds an optimizer that lacks"):
+        short.train()
+
+
+class Watch(TrainerCallback):
+    def __init__(self):
+        self.events, self.models = [], []
+
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        self.events.append(("begin", state.max_steps, len(train_dataloader.dataset), state.log_history[:]))
+        self.models.append(model)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.events.append(("step", state.global_step))
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.events.append(("evaluate", state.global_step))
+
+
+def test_callbacks_see_one_training_on_the_selected_rows(tmp_path):
+    watch, eval_sets = Watch(), {"train": prompt_completion(6, seed=2), "other": prompt_completion(4, seed=3)}
+    changes = {"eval_strategy": "epoch", "num_train_epochs": 1, "packing": True, "packing_strategy": "wrapped"}
+    changes |= {"max_length": 30, "eval_packing": False}
+    run = trainer(tmp_path, changes=changes, callbacks=[watch], eval_dataset=eval_sets)
+    assert {name: len(rows) for name, rows in run.eval_dataset.items()} == {"train": 6, "other": 4}
+    assert "eval_train_loss" in run.evaluate()
+    watch.events.clear()
+    run.train()
+    steps = math.ceil(len(run.train_dataset) / 4)
+    begin, *others = watch.events
+    assert begin[:3] == ("begin", steps, len(run.train_dataset)) and not any("loss" in entry for entry in begin[3])
+    assert [event for event in others if event[0] == "step"] == [("step", n + 1) for n in range(steps)]
+    assert watch.models[0] is run.model
+    assert run.predict(run.eval_dataset["other"]).metrics["test_loss"] > 0
+
+
+def test_the_best_checkpoint_comes_back_and_old_ones_go(tmp_path):
+    changes = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 5}
+    changes |= {"load_best_model_at_end": True, "save_total_limit": 1, "learning_rate": 1.0, "logging_steps": 5}
+    run = trainer(
+        tmp_path,
+        changes={**changes, "reference_steps": 0, "greater_is_better": False},
+        heads=HEADS,
+        eval_dataset=prompt_completion(6, seed=2),
+        callbacks=[EarlyStoppingCallback(2)],
+    )
+    run.train()
+    losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
+    assert run.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
+    assert len(list(tmp_path.glob("checkpoint-*"))) <= 2
+    best = PeftModel.from_pretrained(tiny_model(), run.state.best_model_checkpoint)
+    assert_same_weights(deltas(best), deltas(run.model))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"neftune_noise_alpha": 5.0},
+        {"loss_type": "dft"},
+        {"activation_checkpointing": True},
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
+        {"gradient_accumulation_steps": 2, "label_smoothing_factor": 0.1},
+        {"bf16": True, "use_cpu": True},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_options_of_sft_trainer_work_as_there(changes, tmp_path):
+    run = short_run(tmp_path, changes)
+    run.train()
+    assert all((delta != 0).any() and delta.isfinite().all() for delta in deltas(run.model).values())
+    merged = run.model.merge_and_unload()
+    names = {name for name, module in merged.named_modules() if module._forward_hooks or module._forward_pre_hooks}
+    assert names <= {"model.embed_tokens"}  # where reentrant checkpoints need an input with a gradient
+
+
+def test_losses_and_metrics_of_ones_own(tmp_path):
+    seen = []
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        seen.append(outputs.logits.shape)
+        logits, labels = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100)
+
+    run = short_run(
+        tmp_path,
+        eval_dataset=prompt_completion(6, seed=2),
+        compute_loss_func=loss,
+        compute_metrics=lambda prediction: {"shape": prediction.predictions.ndim},
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+    )
+    run.train()
+    assert seen and run.evaluate()["eval_shape"] == 2
+
+
+def test_assistant_only_loss_and_tools(tmp_path):
+    def with_tools(n, seed=0):
+        return conversational(n, seed).add_column("tools", [[] for _ in range(n)])
+
+    template = (
+        "{% for message in messages %}{{ message['role'] + ' ' }}{% if message['role'] == 'assistant' %}"
+        "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{% else %}{{ message['content'] }}"
+        "{% endif %}{% endfor %}"
+    )
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    run = P2DTrainer(
+        tiny_model(),
+        config(tmp_path, assistant_only_loss=True, max_steps=1, reference_steps=0),
+        train_dataset=with_tools(12),
+        target_dataset=with_tools(4, seed=1),
+        processing_class=tokenizer,
+    )
+    run.train()
+    assert len(run.train_dataset) == 6
+    assert all(-100 in labels for labels in run.train_dataset["labels"])

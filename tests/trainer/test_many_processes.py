@@ -1,0 +1,57 @@
+"""Two DDP ranks, on the CPU with gloo. That FSDP and ZeRO-3 train what one process trains is shown in tests/tuners."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from ..tiny_models import tiny_model
+from .two_processes import main
+
+
+def launch(*arguments):
+    root = Path(__file__).parent.parent.parent
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        + ["-m", "tests.trainer.two_processes", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "random"},
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+def test_two_ranks_hold_what_one_process_holds(tmp_path):
+    run = launch(str(tmp_path / "two"))
+    assert run.returncode == 0, run.stderr[-5000:]
+    expected = json.loads(json.dumps(main(str(tmp_path / "one"), 4)))  # the same number of rows a step
+    weights = load_file(tmp_path / "one" / "rank0.safetensors")
+    for rank in range(2):
+        found = json.loads((tmp_path / "two" / f"rank{rank}.json").read_text())
+        assert found.pop("processes") == 2 and found == expected
+        mine = load_file(tmp_path / "two" / f"rank{rank}.safetensors")
+        assert mine.keys() == weights.keys()
+        for name, weight in weights.items():
+            torch.testing.assert_close(mine[name], weight, atol=1e-6, rtol=1e-5)
+    # what rank 0 alone wrote: as one process would
+    files = [sorted(p.name for p in (tmp_path / run).glob("*") if "rank" not in p.name) for run in ("one", "two")]
+    assert files[0] == files[1]
+    saved = PeftModel.from_pretrained(tiny_model(), tmp_path / "two").state_dict()
+    for name, weight in weights.items():
+        assert torch.equal(saved[name], load_file(tmp_path / "two" / "rank0.safetensors")[name]) and weight.any()
+
+
+@pytest.mark.slow
+def test_a_failing_rank_ends_the_others_with_its_message(tmp_path):
+    run = launch(str(tmp_path / "failed"), "1")
+    assert run.returncode != 0
+    assert "no heads on this rank" in run.stderr
+    assert not list((tmp_path / "failed").glob("rank*"))
