@@ -21,9 +21,10 @@ from typing import Any
 
 import transformers
 import trl
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, Features, Image, List, concatenate_datasets
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers.utils import is_torchvision_available
 
 
 TEST_ROWS = 2
@@ -38,6 +39,7 @@ _SIZES = {
     "max_position_embeddings": 2048,
 }
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1]}
 _MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 1, "ssm_state_size": 4, "chunk_size": 8}
 
 
@@ -92,6 +94,7 @@ _GPT_OSS = TokenizerStandIn("gptoss", "<|return|>", "<|endoftext|>", "<|startoft
 _DEEPSEEK_BOS, _DEEPSEEK_EOS = (f"<\uff5c{name}\u2581of\u2581sentence\uff5c>" for name in ("begin", "end"))
 _LFM2 = {"model": "Lfm2ForCausalLM", "config": "Lfm2Config", "arguments": {"layer_types": ["conv", "full_attention"]}}
 
+VISION_MODEL = "trl-internal-testing/tiny-Qwen2_5_VLForConditionalGeneration"
 MODELS: dict[str, ModelStandIn] = {
     "trl-internal-testing/tiny-Qwen2ForCausalLM-2.5": ModelStandIn("Qwen2ForCausalLM", "Qwen2Config", _QWEN2),
     "trl-internal-testing/tiny-Qwen2ForCausalLM-R1-Distill": ModelStandIn(
@@ -178,6 +181,21 @@ MODELS: dict[str, ModelStandIn] = {
     "trl-internal-testing/tiny-RemoteForCausalLM": ModelStandIn(
         "Qwen2ForCausalLM", "Qwen2Config", TokenizerStandIn("qwen2_5", **_CHATML)
     ),
+    # only where there is torchvision, see make_models
+    VISION_MODEL: ModelStandIn(
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VLConfig",
+        TokenizerStandIn("qwen2_5_vl", **_CHATML),
+        {
+            "vision_config": {
+                "depth": 2,
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_heads": 4,
+                "out_hidden_size": 16,
+            }
+        },
+    ),
     # whose chat template a test takes
     "Qwen/Qwen3-4B": ModelStandIn("Qwen3ForCausalLM", "Qwen3Config", _QWEN3, {"head_dim": 8}),
 }
@@ -209,10 +227,12 @@ def make_models(cache: Path) -> None:
         cache (`Path`): The folder, to be used as `HF_HUB_CACHE`.
     """
     for name, stand_in in MODELS.items():
+        if name == VISION_MODEL and not is_torchvision_available():
+            continue  # its processor needs it
         folder = _snapshot(cache, name)
         tokenizer = make_tokenizer(stand_in.tokenizer)
         make_model(stand_in, tokenizer).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        (_processor(tokenizer) if name == VISION_MODEL else tokenizer).save_pretrained(folder)
         if name == "trl-internal-testing/tiny-RemoteForCausalLM":
             _put_code_beside(folder)
         if name == OTHER_REVISION[0]:
@@ -228,11 +248,30 @@ def make_model(stand_in: ModelStandIn, tokenizer: PreTrainedTokenizerFast) -> tr
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     config_class = getattr(transformers, stand_in.config)
     vocab_size = max(tokenizer.get_vocab().values()) + 1
-    config = config_class(**{**_SIZES, "vocab_size": vocab_size, **special, **stand_in.arguments})
+    sizes = {**_SIZES, "vocab_size": vocab_size, **special}
+    if "vision_config" in stand_in.arguments:
+        sizes = {"text_config": {**sizes, "rope_parameters": _MROPE}, **_vision_tokens(tokenizer)}
+    config = config_class(**{**sizes, **stand_in.arguments})
     transformers.set_seed(0)
     model = getattr(transformers, stand_in.model)(config)
     model.generation_config = GenerationConfig(**special)
     return model
+
+
+def _vision_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+    return {f"{key}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for key, name in names.items()}
+
+
+def _processor(tokenizer: PreTrainedTokenizerFast) -> transformers.ProcessorMixin:
+    """A processor that makes few tokens of an image."""
+    pixels = {"min_pixels": 28 * 28, "max_pixels": 56 * 56}
+    return transformers.Qwen2_5_VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(**pixels),
+        tokenizer=tokenizer,
+        video_processor=transformers.Qwen2VLVideoProcessor(**pixels),
+        chat_template=tokenizer.chat_template,
+    )
 
 
 def make_tokenizer(stand_in: TokenizerStandIn) -> PreTrainedTokenizerFast:
@@ -380,26 +419,29 @@ def _tool(name: str, description: str, parameters: dict[str, str]) -> dict[str, 
     return {"type": "function", "function": {"name": name, "description": description, "parameters": schema}}
 
 
-def _zen_image() -> dict[str, Dataset]:
-    """A picture of one color for each aphorism."""
+def _images(count: int, shift: int) -> list[Any]:
+    """Pictures of one color."""
     from PIL import Image as PillowImage
 
-    parts = _parts()
-    images = [PillowImage.new("RGB", (32, 32), (10 * row, 100, 255 - 10 * row)) for row in range(len(parts))]
-    text = Value("string")
-    features = Features({"messages": [{"role": text, "content": [{"type": text, "text": text}]}], "image": Image()})
-    messages = [
-        [
-            _user([{"type": "image", "text": None}, {"type": "text", "text": f"How does it go on: {start}"}]),
-            _assistant([{"type": "text", "text": end.strip()}]),
-        ]
-        for start, end, _ in parts
-    ]
-    return {
-        "conversational_language_modeling": Dataset.from_dict(
-            {"messages": messages, "image": images}, features=features
-        )
-    }
+    return [PillowImage.new("RGB", (32, 32), (80 * image, 100, 12 * shift)) for image in range(count)]
+
+
+def _with_images(config: str, counts: list[int]) -> Dataset:
+    images = [_images(count, row) for row, count in enumerate(counts)]
+    column = Dataset.from_dict({"images": images}, features=Features({"images": List(Image())}))
+    return concatenate_datasets([_zen()[config], column], axis=1)
+
+
+def _zen_image() -> dict[str, Dataset]:
+    """With a picture in each row."""
+    configs = ("conversational_language_modeling", "conversational_prompt_completion")
+    return {config: _with_images(config, [1] * len(aphorisms())) for config in configs}
+
+
+def _zen_multi_image() -> dict[str, Dataset]:
+    """With none to two pictures in a row."""
+    config = "conversational_prompt_completion"
+    return {config: _with_images(config, [row % 3 for row in range(len(aphorisms()))])}
 
 
 DATASETS = {
@@ -407,6 +449,7 @@ DATASETS = {
     "trl-internal-testing/harmony": _harmony,
     "trl-internal-testing/toolcall": _toolcall,
     "trl-internal-testing/zen-image": _zen_image,
+    "trl-internal-testing/zen-multi-image": _zen_multi_image,
 }
 
 
