@@ -83,12 +83,6 @@ def _count(scores: HeadScores, ratio: float) -> int:
     return len(scores.top(ratio))
 
 
-def _spread(scores: HeadScores, ratio: float) -> HeadSet:
-    """As many heads as `top(ratio)`, with as few as that allows in any one layer."""
-    n_layers = int((~scores.values.isnan()).any(dim=1).sum())
-    return scores.top(ratio, per_layer=math.ceil(_count(scores, ratio) / n_layers))
-
-
 def _late(scores: HeadScores, ratio: float) -> HeadSet:
     """As many heads as `top(ratio)`, all from the top third of the layers."""
     values = scores.values.clone()
@@ -99,7 +93,7 @@ def _late(scores: HeadScores, ratio: float) -> HeadSet:
 
 CHOICES: dict[str, Callable[[HeadScores, float], HeadSet]] = {
     "global": lambda scores, ratio: scores.top(ratio),
-    "spread": _spread,
+    "spread": lambda scores, ratio: scores.top(ratio, per_layer="even"),
     "groups": lambda scores, ratio: scores.top(ratio, per_group=1),
     "late": _late,
 }

@@ -2,54 +2,56 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+
+from .files import unfinished
 
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _WRITERS = {".jsonl": "to_json", ".parquet": "to_parquet", ".csv": "to_csv"}
 
 
-def read_dataset(source: str) -> Dataset:
+def is_dataset_file(source: str) -> bool:
+    """Whether [`read_dataset`] takes `source` for a file, which has no splits."""
+    return Path(source).suffix in _READERS
+
+
+def read_dataset(
+    source: str, config: str | None = None, split: str | None = None, streaming: bool = False
+) -> Dataset | IterableDataset:
     """
     Read a dataset.
 
     Args:
         source (`str`): A file (`.jsonl`, `.json`, `.parquet`, `.csv`), a folder that `save_to_disk` wrote, or what
             `load_dataset` takes, with `:split` behind it where that is not `train`.
+        config (`str`, *optional*): The configuration's name, for `load_dataset`.
+        split (`str`, *optional*): The split, in place of `:split`; a file is taken whole.
+        streaming (`bool`, *optional*, defaults to `False`): Whether to give a stream.
 
     Raises:
         `ValueError`: if a folder holds several splits and none is named.
     """
     path = Path(source)
-    if path.suffix in _READERS:
+    if is_dataset_file(source):
         if not path.is_file():
             raise FileNotFoundError(f"There is no file '{source}'.")
-        return load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
-    name, _, split = source.rpartition(":") if ":" in source else (source, "", "")
+        return load_dataset(_READERS[path.suffix], data_files=str(path), split="train", streaming=streaming)
+    name = source
+    if split is None and ":" in source:
+        name, _, split = source.rpartition(":")
     if Path(name).is_dir() and (Path(name, "state.json").exists() or Path(name, "dataset_dict.json").exists()):
         loaded = load_from_disk(name)
-        if not isinstance(loaded, DatasetDict):
-            return loaded
-        if split not in loaded:
-            raise ValueError(f"'{name}' has the splits {', '.join(loaded)}; name one: '{name}:{next(iter(loaded))}'.")
-        return loaded[split]
-    return load_dataset(name, split=split or "train")
-
-
-def check_new(target: str | Path) -> None:
-    """
-    Check, before any work, that a dataset can be written to `target`.
-
-    Raises:
-        `ValueError`: if something is there already: a selection may have taken hours.
-    """
-    if Path(target).exists():
-        raise ValueError(f"'{target}' exists already; give another name, or move it away.")
+        if isinstance(loaded, DatasetDict):
+            if split not in loaded:
+                raise ValueError(
+                    f"'{name}' has the splits {', '.join(loaded)}; name one: '{name}:{next(iter(loaded))}'."
+                )
+            loaded = loaded[split]
+        return loaded.to_iterable_dataset() if streaming else loaded
+    return load_dataset(name, config, split=split or "train", streaming=streaming)
 
 
 def write_dataset(dataset: Dataset, target: str | Path) -> None:
@@ -60,16 +62,5 @@ def write_dataset(dataset: Dataset, target: str | Path) -> None:
     Raises:
         `ValueError`: if `target` exists.
     """
-    check_new(target)
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        if target.suffix in _WRITERS:
-            getattr(dataset, _WRITERS[target.suffix])(str(unfinished / "data"))
-            os.replace(unfinished / "data", target)
-        else:
-            dataset.save_to_disk(str(unfinished / "data"))
-            os.replace(unfinished / "data", target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with unfinished(target) as path:
+        getattr(dataset, _WRITERS.get(Path(target).suffix, "save_to_disk"))(str(path))

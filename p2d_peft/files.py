@@ -1,11 +1,50 @@
-"""Reading and writing small JSON files, whole or not at all."""
+"""Writing files and folders whole or not at all, and reading small JSON files."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+def check_new(target: str | Path) -> None:
+    """
+    Check, before any work, that something can be written to `target`.
+
+    Raises:
+        `ValueError`: if something is there already: it may have taken hours to make.
+    """
+    if Path(target).exists():
+        raise ValueError(f"'{target}' exists already; give another name, or move it away.")
+
+
+@contextmanager
+def unfinished(target: str | Path) -> Iterator[Path]:
+    """
+    Context that gives the path to write a file or folder to which becomes `target` when the block has ended, and
+    vanishes if it ends in an exception.
+
+    Args:
+        target (`str` or `Path`): What is to be written; missing parent folders are made.
+
+    Raises:
+        `ValueError`: if `target` exists.
+    """
+    check_new(target)
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # within a folder of its own: a folder that `mkdtemp` makes can be read by its owner only
+    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield folder / target.name
+        os.replace(folder / target.name, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_json(path: str | Path, data: Any) -> None:

@@ -1,7 +1,7 @@
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 
-from p2d_peft.dataset_files import check_new, read_dataset, write_dataset
+from p2d_peft.dataset_files import read_dataset, write_dataset
 
 from .tiny_data import conversational, prompt_completion
 
@@ -22,9 +22,8 @@ def test_nested_rows_survive(tmp_path):
 
 def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "rows.jsonl").write_text("precious")
-    for act in (check_new, lambda path: write_dataset(prompt_completion(2), path)):
-        with pytest.raises(ValueError, match=r"rows\.jsonl' exists already; give another name"):
-            act(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match=r"rows\.jsonl' exists already; give another name"):
+        write_dataset(prompt_completion(2), tmp_path / "rows.jsonl")
     assert (tmp_path / "rows.jsonl").read_text() == "precious"
 
 
@@ -46,3 +45,18 @@ def test_splits_are_named(tmp_path):
         read_dataset(f"{tmp_path}/both")
     with pytest.raises(FileNotFoundError, match=r"There is no file 'no\.jsonl'"):
         read_dataset("no.jsonl")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "saved", "plain"])
+def test_any_source_can_be_streamed(name, tmp_path):
+    if name == "plain":  # a folder of files, for `load_dataset` itself
+        write_dataset(prompt_completion(4), tmp_path / name / "train.jsonl")
+    else:
+        write_dataset(prompt_completion(4), tmp_path / name)
+    stream = read_dataset(str(tmp_path / name), split="train", streaming=True)
+    assert isinstance(stream, IterableDataset) and list(stream) == prompt_completion(4).to_list()
+
+
+def test_a_split_by_itself_leaves_colons_alone(tmp_path):
+    DatasetDict(train=prompt_completion(3), test=prompt_completion(2)).save_to_disk(str(tmp_path / "a:b"))
+    assert len(read_dataset(f"{tmp_path}/a:b", split="test")) == 2

@@ -8,9 +8,12 @@ import datasets
 import matplotlib
 import pytest
 import transformers
-from accelerate.commands.config.config_args import load_config_from_file
 from transformers import training_args
 from trl.trainer import sft_trainer
+
+from p2d_peft import cli
+from p2d_peft.commands import sft
+from p2d_peft.commands.launch import launch_arguments
 
 from .tiny_data import conversational
 from .tiny_models import tiny_model, tiny_tokenizer
@@ -46,21 +49,37 @@ def test_there_are_blocks_to_run():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_shell_blocks_call_what_exists(page):
-    """The commands themselves run in CI (scripts/test.sh) and in tests/test_quickstart.py; here their names are held."""
+def test_shell_blocks_call_what_exists(page, monkeypatch):
+    """
+    The commands themselves run in CI (scripts/test.sh), in tests/test_quickstart.py and in tests/commands; here their names
+    and flags are held.
+    """
+    monkeypatch.chdir(ROOT)
     for code in blocks(page, "bash", "sh"):
         for line in code.splitlines():
             words = shlex.split(line, comments=True)
             for word in words:
                 if re.match(r"(scripts|examples|benchmarks|\.ci)/", word):
                     assert (ROOT / word).is_file(), word
+            if words[:1] == ["p2d"]:
+                parse(*words[1:])
+
+
+def parse(command, *arguments):
+    """Parse what stands behind `p2d` and run nothing; what is wrong with it ends in an exception."""
+    if command != "sft":
+        cli.make_parser().parse_args([command, *arguments])
+        return
+    *_, unknown = sft.make_parser().parse_args_and_config([*arguments, "--use_cpu"], return_remaining_strings=True)
+    launch_arguments(unknown, ["sft"])
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "yaml")], ids=lambda page: page.name)
-def test_yaml_blocks_are_configurations_of_accelerate(page, tmp_path):
+def test_yaml_blocks_are_recipes(page, tmp_path):
     for code in blocks(page, "yaml"):
-        (tmp_path / "accelerate.yaml").write_text(code, encoding="utf-8")
-        load_config_from_file(str(tmp_path / "accelerate.yaml"))  # raises at a key that it does not know
+        (tmp_path / "recipe.yaml").write_text(code, encoding="utf-8")
+        # raises at a key that it does not know
+        sft.make_parser().parse_args_and_config(["--config", f"{tmp_path}/recipe.yaml", "--use_cpu"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from p2d_peft.files import read_json, write_json
+from p2d_peft.files import check_new, read_json, unfinished, write_json
 
 
 def test_round_trip_makes_missing_folders(tmp_path):
@@ -31,3 +31,26 @@ def test_what_is_not_json_is_named(tmp_path):
     (tmp_path / "a.json").write_text('{"half": ')
     with pytest.raises(ValueError, match=r"a\.json' is not a JSON file"):
         read_json(tmp_path / "a.json")
+
+
+def test_a_finished_folder_takes_its_name_and_can_be_read_by_others(tmp_path):
+    target = tmp_path / "new" / "folder"
+    with unfinished(target) as path:
+        path.mkdir()
+        (path / "a.txt").write_text("whole")
+        assert not target.exists()
+    assert (target / "a.txt").read_text() == "whole" and [target] == list(target.parent.iterdir())
+    (tmp_path / "plain").mkdir()
+    assert target.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_failure_leaves_nothing_and_what_is_there_stays(tmp_path):
+    with pytest.raises(RuntimeError), unfinished(tmp_path / "a.txt") as path:
+        path.write_text("half")
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a.txt").write_text("precious")
+    for act in (check_new, lambda path: unfinished(path).__enter__()):
+        with pytest.raises(ValueError, match=r"a\.txt' exists already; give another name"):
+            act(tmp_path / "a.txt")
+    assert (tmp_path / "a.txt").read_text() == "precious"

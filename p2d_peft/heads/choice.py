@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 
@@ -34,6 +35,22 @@ def number_of_heads(ratio: float | None, k: int | None, n_heads: int) -> int:
     if not 1 <= k <= n_heads:
         raise ValueError(f"`k` must be from 1 to {n_heads}, the number of heads, got {k}.")
     return k
+
+
+# the most heads of one layer, or the least and the most, or as few as their number allows
+PerLayer: TypeAlias = "int | tuple[int | None, int | None] | Literal['even'] | None"
+
+
+def even_bound(values: torch.Tensor, count: int) -> int:
+    """
+    The smallest bound on the heads of one layer that leaves `count` of them.
+
+    Args:
+        values (`torch.Tensor`): Shape (L, H), NaN where there is no head.
+        count (`int`): How many heads are to be chosen; not more than there are.
+    """
+    n_heads = (~values.isnan()).sum(dim=1)
+    return next(most for most in range(1, values.shape[1] + 1) if int(n_heads.clamp(max=most).sum()) >= count)
 
 
 def layer_bounds(per_layer: int | tuple[int | None, int | None] | None) -> tuple[int, float]:

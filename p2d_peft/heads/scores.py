@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..files import read_json, write_json
-from .choice import Bounds, best_cells, best_for_the_time, layer_bounds, number_of_heads
+from .choice import (
+    Bounds,
+    PerLayer,
+    best_cells,
+    best_for_the_time,
+    even_bound,
+    layer_bounds,
+    number_of_heads,
+)
 from .comparison import Comparison, spearman
 from .head_set import HeadSet, Layer
 
@@ -92,7 +100,7 @@ class HeadScores:
         ratio: float | None = None,
         *,
         k: int | None = None,
-        per_layer: int | tuple[int | None, int | None] | None = None,
+        per_layer: PerLayer = None,
         per_group: int | None = None,
         cost_aware: bool = False,
     ) -> HeadSet:
@@ -104,10 +112,11 @@ class HeadScores:
                 Share of all heads to take, in (0, 1]; rounded, and at least one head. The paper takes 10 %.
             k (`int`, *optional*):
                 How many heads to take, in place of `ratio`.
-            per_layer (`int` or `tuple[int, int]`, *optional*):
+            per_layer (`int`, `tuple[int, int]` or `"even"`, *optional*):
                 Take at most so many heads of one layer, which spreads the choice over the depth. A pair `(least, most)`
                 also takes at least `least` heads of each layer that has heads (all, where it has fewer); either may be
-                None. By default the ranking is global, as in the paper.
+                None. `"even"` takes the smallest bound that leaves as many heads as are asked for, as [`P2DTrainer`]
+                does. By default the ranking is global, as in the paper.
             per_group (`int`, *optional*):
                 Take at most so many heads of one key/value group. Heads of a group share their keys and values, which
                 are trained once: with `per_group=1` each chosen head brings all of its weights. By default there is no
@@ -124,6 +133,8 @@ class HeadScores:
                 heads keeps to `per_layer` and `per_group`, or the scores do not admit `cost_aware`.
         """
         count = number_of_heads(ratio, k, self.n_heads)
+        if per_layer == "even":
+            per_layer = even_bound(self.values, count)
         least, most = layer_bounds(per_layer)
         if per_group is not None and per_group < 1:
             raise ValueError(f"`per_group` must be at least 1, got {per_group}.")

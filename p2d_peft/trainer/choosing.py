@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from datasets import Dataset, IterableDataset
 
 from ..heads import HeadScores, HeadSet, localize_heads
 from ..heads.localize import default_method
+from ..model_state import model_device
 from ..selection import P2DDataSelector
 from ..selection.pool import dataset_of
 from ..selection.selector import needs_heads
@@ -45,6 +45,15 @@ def choose(trainer: P2DTrainer) -> P2DState:
         trainer (`P2DTrainer`): A trainer before its adapter is attached.
     """
     args: P2DConfig = trainer.args
+    here, there = model_device(trainer.model).type, trainer.accelerator.device.type
+    if here != there:
+        # under FSDP and DeepSpeed, Trainer leaves the model where it was loaded until it wraps it
+        logger.warning(
+            "The model is on %s until training starts, so it is localized and selected there. Where it fits on one "
+            "%s, move it there before, or find heads and rows first with `p2d heads` and `p2d select`.",
+            here,
+            there,
+        )
     pool = tokenized(trainer, trainer.train_dataset)
     selects = trainer.selector is not None or args.data_ratio < 1
     heads, method = trainer.heads, None
@@ -52,7 +61,9 @@ def choose(trainer: P2DTrainer) -> P2DState:
         if heads is None and trainer.wants_heads:
             with trainer._clock.stage("localize"):
                 trainer.head_scores = _localize(trainer, pool)
-                heads = _best(trainer.head_scores, args)
+                heads = trainer.head_scores.top(
+                    args.head_ratio, per_layer=args.heads_per_layer or "even", per_group=args.heads_per_group
+                )
             method = trainer.head_scores.method
             logger.info("Localized %d heads by %s: %r", len(heads), method, heads)
         if selects:
@@ -103,15 +114,6 @@ def _localize(trainer: P2DTrainer, pool: Dataset | IterableDataset) -> HeadScore
     # On unlike hardware, or with kernels whose sums come in any order, ranks would not agree on the last digit.
     shared: HeadScores = broadcast_object_list([scores])[0]
     return shared
-
-
-def _best(scores: HeadScores, args: P2DConfig) -> HeadSet:
-    """The heads to train: by default evenly over the depth, as far as their number allows it."""
-    per_layer = args.heads_per_layer
-    if per_layer is None:
-        n_layers = int((~scores.values.isnan()).any(dim=1).sum())
-        per_layer = math.ceil(len(scores.top(args.head_ratio)) / n_layers)
-    return scores.top(args.head_ratio, per_layer=per_layer, per_group=args.heads_per_group)
 
 
 def _selector(trainer: P2DTrainer, heads: HeadSet | None, pool: Dataset | IterableDataset) -> P2DDataSelector:

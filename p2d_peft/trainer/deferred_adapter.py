@@ -7,12 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from accelerate import init_empty_weights
 from peft import PeftModel, get_peft_model
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, Trainer
+from transformers import Trainer
 
-from ..heads import HeadSet, ModelGeometry
+from ..heads import HeadSet
 from ..tuners import HeadSparseConfig
 from .config import P2DConfig
 
@@ -65,51 +63,3 @@ def attach(model: Any, config: HeadSparseConfig, heads: HeadSet, args: P2DConfig
         # pass can end at the lowest chosen head, which is why SFTTrainer's way of asking for it always is not taken.
         adapted.enable_input_require_grads()
     return adapted
-
-
-def check_attention(model: str, args: P2DConfig) -> bool:
-    """
-    Check that the heads of a model that is yet to be loaded can be found, which `Trainer` would learn only after the
-    whole dataset is tokenized.
-
-    Args:
-        model (`str`): Folder or Hub id.
-        args ([`P2DConfig`]): With how the model is loaded.
-
-    Returns:
-        `bool`: whether its weights are quantized, as far as that is known by now.
-
-    Raises:
-        `ValueError`: as [`ModelGeometry.of`] does.
-    """
-    kwargs = args.model_init_kwargs or {}
-    trust = kwargs.get("trust_remote_code", args.trust_remote_code)
-    config = AutoConfig.from_pretrained(model, revision=kwargs.get("revision"), trust_remote_code=trust)
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or trust:  # what others are shows when they are loaded
-        with init_empty_weights():
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-        ModelGeometry.of(skeleton)
-    return kwargs.get("quantization_config") is not None or hasattr(config, "quantization_config")
-
-
-def check_optimizer(optimizer: torch.optim.Optimizer | None, model: Any) -> None:
-    """
-    Check that an optimizer made by hand holds what will be trained.
-
-    Args:
-        optimizer (`torch.optim.Optimizer`, *optional*): The user's optimizer.
-        model (`nn.Module`): The model, ready for training.
-
-    Raises:
-        `ValueError`: if it lacks a weight that requires a gradient; the message names the first one.
-    """
-    if optimizer is None:
-        return
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    missing = [name for name, parameter in trained.items() if id(parameter) not in held]
-    if missing:
-        raise ValueError(
-            f"`optimizers` holds an optimizer that lacks {len(missing)} of the {len(trained)} weights that are trained, "
-            f"first '{missing[0]}'. Make it for them, or pass `optimizer_cls_and_kwargs` instead."
-        )

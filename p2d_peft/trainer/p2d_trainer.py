@@ -25,9 +25,10 @@ from ..selection.selector import needs_heads
 from ..tuners import HeadSparseConfig
 from .added_tokens import brings_tokens, learn_tokens, load_processing_class, vocabulary
 from .arguments import as_p2d_config, changed
+from .checks import check_attention, check_optimizer, check_sharding, check_type
 from .choosing import choose, scores_folder
 from .config import P2DConfig
-from .deferred_adapter import DeferredAdapter, attach, check_attention, check_optimizer
+from .deferred_adapter import DeferredAdapter, attach
 from .reference import count_tokens
 from .reporting import make_report, report_metrics
 from .state import P2DState
@@ -126,13 +127,15 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         known_tokens: dict[str, int] = {}
 
         if args.p2d:
-            _check_type("target_dataset", target_dataset, (Dataset, IterableDataset), "a `datasets.Dataset`")
-            _check_type("heads", heads, (HeadSet,), "a `HeadSet`")
-            _check_type("selector", selector, (P2DDataSelector,), "a `P2DDataSelector`")
+            check_type("target_dataset", target_dataset, (Dataset, IterableDataset), "a `datasets.Dataset`")
+            check_type("heads", heads, (HeadSet,), "a `HeadSet`")
+            check_type("selector", selector, (P2DDataSelector,), "a `P2DDataSelector`")
             self._head_sparse_config = self._deferred_config(given, heads)
             self.wants_heads = self._head_sparse_config is not None or (
                 selector is None and args.data_ratio < 1 and needs_heads(args.scorer)
             )
+            if selector is not None or args.data_ratio < 1 or (self.wants_heads and not self._heads_are_given(heads)):
+                check_sharding(args)
             if self.wants_heads:
                 # before anything is loaded or tokenized
                 if isinstance(model, str):
@@ -308,8 +311,3 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         super()._save(output_dir, state_dict)
         if self._p2d_state is not None and self.args.should_save:
             self._p2d_state.save(Path(output_dir or self.args.output_dir), self._clock.seconds)
-
-
-def _check_type(name: str, value: Any, types: tuple[type, ...], wanted: str) -> None:
-    if value is not None and not isinstance(value, types):
-        raise TypeError(f"`{name}` must be {wanted}, got {type(value).__name__}.")

@@ -41,7 +41,7 @@ def tokenized(trainer: P2DTrainer, dataset: Dataset | IterableDataset) -> Datase
 
 
 def _collated(row: dict[str, Any], collator: Callable[[list[dict[str, Any]]], Any]) -> dict[str, list[int]]:
-    batch = collator([row])
+    batch = collator([dict(row)])  # `map` gives a view, of which Trainer would not drop a column
     if "input_ids" not in batch:
         raise ValueError(
             f"`data_collator` gives batches with {sorted(batch)}; rows can only be scored where there are 'input_ids'. "

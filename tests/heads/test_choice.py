@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from p2d_peft.heads.choice import Bounds, best_cells, best_for_the_time, layer_bounds, number_of_heads
+from p2d_peft.heads.choice import Bounds, best_cells, best_for_the_time, even_bound, layer_bounds, number_of_heads
 
 
 def tables():
@@ -102,3 +102,12 @@ def test_numbers_and_bounds_that_contradict_are_named():
             layer_bounds(bad)
     with pytest.raises(ValueError, match=r"or a pair \(least, most\), got \(1, 2, 3\)"):
         layer_bounds((1, 2, 3))
+
+
+def test_the_even_bound_is_the_smallest_that_leaves_enough():
+    for values in tables():  # layers of 4, 3 and 4 heads
+        assert [even_bound(values, count) for count in range(1, 12)] == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4]
+        for count in range(1, 12):
+            most = even_bound(values, count)
+            assert best_cells(values, count, Bounds(0, most)) is not None
+            assert most == 1 or best_cells(values, count, Bounds(0, most - 1)) is None

@@ -1,0 +1,50 @@
+"""`p2d heads`: find the heads that matter for a task."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, get_args
+
+from ..dataset_files import read_dataset
+from ..heads import localize_heads
+from ..heads.localize import LocalizeMethod
+from ..model_state import model_device
+from .common import DATA, add_model, load, save_plot
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers of `p2d`."""
+    heads = commands.add_parser("heads", help="find the heads that matter for a task")
+    add_model(heads)
+    heads.add_argument("--data", required=True, help=f"samples of the task: {DATA}")
+    heads.add_argument("--method", choices=get_args(LocalizeMethod), default="proxy", help="default: %(default)s")
+    heads.add_argument("--samples", type=int, default=100, help="at most so many rows of --data (%(default)s)")
+    heads.add_argument("--ratio", type=float, default=0.1, help="share of the heads to choose (%(default)s)")
+    heads.add_argument("--per-layer", type=int, help="at most so many heads of one layer; spread evenly by default")
+    heads.add_argument("--per-group", type=int, help="at most so many of the heads that share their keys and values")
+    heads.add_argument("--output", type=Path, required=True, help="where to write the chosen heads, as JSON")
+    heads.add_argument("--scores", type=Path, help="where to write the scores of all heads, as JSON")
+    heads.add_argument("--plot", type=Path, help="where to draw the scores (.png, .svg, .pdf)")
+    heads.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Localize, choose and write."""
+    from ..selection.samples import prepare_samples
+
+    data = read_dataset(args.data).shuffle(seed=args.seed)
+    data = data.select(range(min(args.samples, len(data))))
+    model, tokenizer, config = load(args)
+    samples = prepare_samples(data, tokenizer, config, name="data")
+    batches = [batch for _, batch in samples.batches(args.batch_size, model_device(model))]
+    scores = localize_heads(model, batches, method=args.method, seed=args.seed)
+    heads = scores.top(args.ratio, per_layer=args.per_layer or "even", per_group=args.per_group)
+    heads.save(args.output)
+    print(f"{len(heads)} of {scores.n_heads} heads by {args.method} in {scores.seconds:.1f} s: {heads.by_layer()}")
+    print(f"written to {args.output}")
+    if args.scores:
+        scores.save(args.scores)
+        print(f"all scores written to {args.scores}")
+    if args.plot:
+        save_plot(scores.plot(heads), args.plot)

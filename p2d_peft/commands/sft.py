@@ -1,0 +1,158 @@
+"""
+`p2d sft`, in the forms of TRL's `sft` script: the same flags and recipes, and those of P2D.
+
+    p2d sft --config examples/recipes/p2d.yaml --learning_rate 1e-3
+    accelerate launch scripts/p2d_sft.py --config examples/recipes/p2d.yaml
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset
+
+from ..dataset_files import is_dataset_file, read_dataset
+from ..trainer import P2DConfig
+from .launch import is_launched, launch, launch_arguments
+
+
+# Optional[...] rather than X | None, and no `from __future__ import annotations`: HfArgumentParser reads the types.
+@dataclass
+class P2DScriptArguments(ScriptArguments):
+    r"""
+    Arguments of the script: all of [`~trl.ScriptArguments`], and where to find what else a [`P2DTrainer`] takes. Wherever
+    a dataset is named, a `.jsonl`, `.json`, `.parquet` or `.csv` file or a folder that `save_to_disk` wrote will do.
+
+    Parameters:
+        target_dataset_name (`str`, *optional*):
+            Samples of the task that heads and rows are chosen for. By default they are drawn from the training data.
+        target_dataset_config (`str`, *optional*):
+            Its configuration's name.
+        target_dataset_split (`str`, *optional*, defaults to `"train"`):
+            Its split.
+        heads_file (`str`, *optional*):
+            Heads that `HeadSet.save` or `p2d heads` wrote, to be used in place of localizing.
+    """
+
+    target_dataset_name: Optional[str] = field(  # noqa: UP045
+        default=None,
+        metadata={
+            "help": "Path or name of a dataset with samples of the task that heads and rows are chosen for. By default "
+            "they are drawn from the training data."
+        },
+    )
+    target_dataset_config: Optional[str] = field(  # noqa: UP045
+        default=None, metadata={"help": "Configuration name of the target dataset."}
+    )
+    target_dataset_split: str = field(default="train", metadata={"help": "Split of the target dataset."})
+    heads_file: Optional[str] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "Heads that `HeadSet.save` or `p2d heads` wrote, to be used in place of localizing."},
+    )
+
+
+def make_parser(prog: Optional[str] = None) -> TrlParser:  # noqa: UP045
+    """
+    The script's `TrlParser`, as TRL's scripts make theirs.
+
+    Args:
+        prog (`str`, *optional*): The program's name in its help.
+    """
+    return TrlParser((P2DScriptArguments, P2DConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+
+
+def main(
+    script_args: P2DScriptArguments,
+    training_args: P2DConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+) -> None:
+    """
+    Train, save, and push to the Hub if that is asked for.
+
+    The adapter is HeadSparse; with `use_peft` it is the LoRA of `model_args`, and with `p2d=False` there is none but
+    that.
+
+    Raises:
+        `ValueError`: if no training data is named, or no evaluation data is found where `eval_strategy` asks for it.
+    """
+    from trl import get_peft_config, get_quantization_config
+
+    from ..heads import HeadSet
+    from ..report.text import report_text
+    from ..trainer import P2DTrainer
+
+    heads = None if script_args.heads_file is None else HeadSet.load(script_args.heads_file)
+    train_dataset, eval_dataset = _training_data(script_args, dataset_args, training_args.eval_strategy != "no")
+    target = None
+    if script_args.target_dataset_name is not None:
+        target = read_dataset(
+            script_args.target_dataset_name, script_args.target_dataset_config, script_args.target_dataset_split
+        )
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    trainer = P2DTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        target_dataset=target,
+        heads=heads,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    if trainer.report is not None:
+        trainer.accelerator.print(report_text(trainer.report))
+    trainer.accelerator.print(f"saved to {training_args.output_dir}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"pushed to https://huggingface.co/{trainer.hub_model_id}")
+    trainer.end()
+
+
+def _training_data(
+    script_args: P2DScriptArguments, dataset_args: DatasetMixtureConfig, with_eval: bool
+) -> tuple[Any, Any]:
+    """The pool and, if it is asked for, the evaluation data: of a mixture, or of one dataset, as `trl sft` has them."""
+    if dataset_args.datasets:
+        mixture = get_dataset(dataset_args)
+        if with_eval and "test" not in mixture:
+            raise ValueError("`eval_strategy` asks for evaluation data; give `test_split_size` with `datasets`.")
+        return mixture["train"], mixture["test"] if with_eval else None
+    name = script_args.dataset_name
+    if name is None:
+        raise ValueError("There is no training data: give `dataset_name`, or `datasets` in a recipe.")
+    if with_eval and is_dataset_file(name):
+        raise ValueError(
+            f"`eval_strategy` asks for evaluation data, but `dataset_name`='{name}' is one file. Give it as `datasets` "
+            "with `test_split_size`, or as a folder with splits."
+        )
+    splits = (script_args.dataset_train_split, script_args.dataset_test_split if with_eval else None)
+    train, test = (
+        None if split is None else read_dataset(name, script_args.dataset_config, split, script_args.dataset_streaming)
+        for split in splits
+    )
+    return train, test
+
+
+def run(arguments: list[str]) -> None:
+    """
+    Run `p2d sft`: here, or through accelerate's launcher where there is something to launch; see [`launch_arguments`].
+
+    Args:
+        arguments (`list[str]`): What stands behind `p2d sft`.
+    """
+    launched = is_launched()
+    *parsed, of_recipe, of_line = make_parser(prog="p2d sft").parse_args_and_config(
+        arguments, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    launcher = launch_arguments(of_recipe + of_line, ["sft", *arguments])
+    if launched or launcher is None:
+        main(*parsed)
+    else:
+        launch(launcher)

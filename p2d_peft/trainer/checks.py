@@ -1,0 +1,86 @@
+"""What can be wrong with a run, found before anything expensive is done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+
+from ..heads import ModelGeometry
+from .config import P2DConfig
+
+
+def check_type(name: str, value: Any, types: tuple[type, ...], wanted: str) -> None:
+    """
+    Check an optional argument.
+
+    Raises:
+        `TypeError`: if it is of another type.
+    """
+    if value is not None and not isinstance(value, types):
+        raise TypeError(f"`{name}` must be {wanted}, got {type(value).__name__}.")
+
+
+def check_sharding(args: P2DConfig) -> None:
+    """
+    Check that the first two stages can run the model, which is whole on each rank until training starts, but for ZeRO-3.
+
+    Raises:
+        `ValueError`: if its weights are sharded as soon as it is loaded.
+    """
+    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+        raise ValueError(
+            "ZeRO-3 shards weights as they are loaded, so heads and rows cannot be looked for in the same run. Find them "
+            "first with `p2d heads` and `p2d select`; then pass the rows, `heads=` and `P2DConfig(data_ratio=1.0)`. Or "
+            "use ZeRO-2 or FSDP."
+        )
+
+
+def check_attention(model: str, args: P2DConfig) -> bool:
+    """
+    Check that the heads of a model that is yet to be loaded can be found, which `Trainer` would learn only after the
+    whole dataset is tokenized.
+
+    Args:
+        model (`str`): Folder or Hub id.
+        args ([`P2DConfig`]): With how the model is loaded.
+
+    Returns:
+        `bool`: whether its weights are quantized, as far as that is known by now.
+
+    Raises:
+        `ValueError`: as [`ModelGeometry.of`] does.
+    """
+    kwargs = args.model_init_kwargs or {}
+    trust = kwargs.get("trust_remote_code", args.trust_remote_code)
+    config = AutoConfig.from_pretrained(model, revision=kwargs.get("revision"), trust_remote_code=trust)
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or trust:  # what others are shows when they are loaded
+        with init_empty_weights():
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+        ModelGeometry.of(skeleton)
+    return kwargs.get("quantization_config") is not None or hasattr(config, "quantization_config")
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer | None, model: Any) -> None:
+    """
+    Check that an optimizer made by hand holds what will be trained.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`, *optional*): The user's optimizer.
+        model (`nn.Module`): The model, ready for training.
+
+    Raises:
+        `ValueError`: if it lacks a weight that requires a gradient; the message names the first one.
+    """
+    if optimizer is None:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    missing = [name for name, parameter in trained.items() if id(parameter) not in held]
+    if missing:
+        raise ValueError(
+            f"`optimizers` holds an optimizer that lacks {len(missing)} of the {len(trained)} weights that are trained, "
+            f"first '{missing[0]}'. Make it for them, or pass `optimizer_cls_and_kwargs` instead."
+        )

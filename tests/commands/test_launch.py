@@ -1,0 +1,66 @@
+import subprocess
+
+import pytest
+from accelerate.commands.launch import _validate_launch_command
+
+from p2d_peft.commands import launch, sft
+from p2d_peft.commands.launch import is_launched, launch_arguments
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch, tmp_path):
+    """Neither started by a launcher nor on a machine where accelerate was configured."""
+    for name in ("ACCELERATE_MIXED_PRECISION", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(launch, "default_config_file", str(tmp_path / "default_config.yaml"))
+
+
+def test_with_nothing_to_launch_nothing_is_launched(monkeypatch, tmp_path):
+    assert launch_arguments([], ["sft"]) is None
+    monkeypatch.setattr(launch.torch.accelerator, "device_count", lambda: 2)
+    assert launch_arguments([], ["sft"]) is not None
+    monkeypatch.undo()
+    (tmp_path / "default_config.yaml").touch()
+    monkeypatch.setattr(launch, "default_config_file", str(tmp_path / "default_config.yaml"))
+    assert launch_arguments([], ["sft"]) is not None
+
+
+def test_the_launcher_gets_its_flags_and_the_processes_get_all():
+    unknown = ["--accelerate_config", "fsdp2", "--num_processes", "2"]
+    command = ["sft", "--learning_rate", "1e-3", *unknown]
+    arguments, *_ = _validate_launch_command(launch_arguments(unknown, command))
+    assert (arguments.training_script, arguments.training_script_args) == ("p2d_peft.cli", command)
+    assert arguments.module and arguments.num_processes == 2
+    assert arguments.use_fsdp and str(arguments.fsdp_version) == "2" and arguments.mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize("unknown", [["--learning_rte", "1e-3"], ["--quickly"]])
+def test_what_nobody_knows_is_an_error(unknown):
+    with pytest.raises(ValueError, match=f"Neither `p2d sft` nor `accelerate launch` knows {unknown[0]}"):
+        launch_arguments(unknown, ["sft", *unknown])
+
+
+def test_a_failed_process_ends_the_command_without_a_second_message(monkeypatch, capsys):
+    def fail(arguments):
+        raise subprocess.CalledProcessError(1, "python")
+
+    monkeypatch.setattr(launch, "launch_command", fail)
+    with pytest.raises(SystemExit) as error:
+        launch.launch(launch_arguments(["--num_processes", "1"], ["sft"]))
+    assert error.value.code == 2 and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("launcher", [None, "ACCELERATE_MIXED_PRECISION", "LOCAL_RANK"])
+def test_a_launched_process_trains_and_launches_no_more(launcher, monkeypatch, tmp_path):
+    if launcher is not None:
+        monkeypatch.setenv(launcher, "0")
+    assert is_launched() == (launcher is not None)
+    called = []
+    monkeypatch.setattr(sft, "main", lambda *_: called.append("main"))
+    monkeypatch.setattr(sft, "launch", lambda _: called.append("launch"))
+    (tmp_path / "recipe.yaml").write_text("num_processes: 2\nlearning_rate: 1.0e-3\n")
+    flags = ["--use_cpu", "--output_dir", str(tmp_path)]
+    monkeypatch.delenv("LOCAL_RANK", raising=False)  # a lone rank has no group to join
+    monkeypatch.setattr(sft, "is_launched", lambda: launcher is not None)
+    sft.run(["--config", f"{tmp_path}/recipe.yaml", *flags])
+    assert called == (["launch"] if launcher is None else ["main"])

@@ -1,0 +1,47 @@
+import json
+
+import pytest
+from datasets import load_from_disk
+
+from p2d_peft import P2DDataSelector
+from p2d_peft.cli import main
+
+from ..tiny_data import prompt_completion
+from ..tiny_models import tiny_model, tiny_tokenizer
+
+
+@pytest.mark.parametrize("output", ["selected.jsonl", "selected"])
+def test_select_writes_what_the_selector_selects(folder, heads, output, capsys):
+    files = [
+        "--pool",
+        f"{folder}/pool.jsonl",
+        "--target",
+        f"{folder}/target.parquet",
+        "--heads",
+        f"{folder}/heads.json",
+    ]
+    model = ["--model", f"{folder}/model", "--dtype", "float32"]
+    options = ["--ratio", "0.25", "--show", "3", "--plot", f"{folder}/{output}.svg"]
+    assert main(["select", *model, *files, *options, "--output", f"{folder}/{output}"]) == 0
+    selector = P2DDataSelector(
+        tiny_model(), tiny_tokenizer(), heads=heads, target=prompt_completion(6, seed=1), ratio=0.25
+    )
+    expected = selector.select(prompt_completion()).to_list()
+    if output.endswith(".jsonl"):
+        written = [json.loads(line) for line in (folder / output).read_text().splitlines()]
+    else:
+        written = load_from_disk(str(folder / output)).to_list()
+    assert [{**row, "p2d_score": pytest.approx(row["p2d_score"], rel=1e-5)} for row in expected] == written
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("6 of 24 rows by affinity in ")
+    shown = [int(line.split()[0]) for line in printed[-6:]]
+    order = sorted(range(24), key=lambda row: -selector.scores[row])
+    assert shown == order[:3] + order[-3:]
+    assert "<svg" in (folder / f"{output}.svg").read_text()
+
+
+def test_an_existing_output_is_an_error_before_any_work(folder, capsys):
+    (folder / "there").mkdir()
+    command = ["select", "--model", "no-such-model", "--pool", "no.jsonl", "--output", f"{folder}/there"]
+    assert main(command) == 2
+    assert "exists already" in capsys.readouterr().err

@@ -1,0 +1,147 @@
+import json
+
+import pytest
+from datasets import IterableDataset
+from peft import PeftConfig
+
+from p2d_peft import HeadSet, HeadSparseConfig
+from p2d_peft import trainer as trainer_module
+from p2d_peft.cli import main
+from p2d_peft.commands import launch
+from p2d_peft.report import P2DReport
+
+from ..tiny_data import prompt_completion
+
+
+RECIPE = """
+model_name_or_path: {folder}/model
+dataset_name: {folder}/pool.jsonl
+target_dataset_name: {folder}/target.parquet
+head_ratio: 0.25
+data_ratio: 0.5
+reference_steps: 1
+learning_rate: 1e-2
+max_steps: 2
+use_cpu: true
+bf16: false
+disable_tqdm: true
+output_dir: {output}
+"""
+
+
+@pytest.fixture
+def recipe(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "default_config_file", str(tmp_path / "default_config.yaml"))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(folder=folder, output=tmp_path / "out"))
+    return str(path)
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """Stands in for the trainer: holds what it was made with and the calls it got."""
+
+    class Stub:
+        kwargs, calls, report, hub_model_id = {}, [], None, "user/name"
+
+        def __init__(self, **kwargs):
+            Stub.kwargs, Stub.calls = kwargs, []
+            self.accelerator = self
+
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: Stub.calls.append((name, args, kwargs))
+
+    monkeypatch.setattr(trainer_module, "P2DTrainer", Stub)
+    return Stub
+
+
+def test_a_recipe_runs_and_flags_override_it(recipe, tmp_path, capsys):
+    assert main(["sft", "--config", recipe, "--data_ratio", "0.25"]) == 0
+    report = P2DReport.load(tmp_path / "out" / "p2d_report.json")
+    assert (report.selected_rows, report.pool_rows, len(report.heads)) == (6, 24, len(set(report.heads)))
+    config = PeftConfig.from_pretrained(tmp_path / "out")
+    assert isinstance(config, HeadSparseConfig)
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    printed = capsys.readouterr().out
+    assert "selected rows             6" in printed and f"saved to {tmp_path}/out" in printed
+
+
+def test_use_peft_trains_lora_on_the_selected_rows(recipe, tmp_path):
+    assert (
+        main(["sft", "--config", recipe, "--use_peft", "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj"])
+        == 0
+    )
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], sorted(config["target_modules"])) == ("LORA", 2, ["q_proj", "v_proj"])
+    report = P2DReport.load(tmp_path / "out" / "p2d_report.json")
+    assert (report.selected_rows, report.localize_method) == (12, "proxy")
+
+
+def test_heads_may_be_given(recipe, tmp_path):
+    HeadSet([(0, 1), (2, 2)]).save(tmp_path / "heads.json")
+    assert main(["sft", "--config", recipe, "--heads_file", f"{tmp_path}/heads.json"]) == 0
+    report = P2DReport.load(tmp_path / "out" / "p2d_report.json")
+    assert (report.heads, report.localize_method) == ({"0": [1], "2": [2]}, None)
+
+
+def test_without_p2d_it_is_trl_s_own(recipe, tmp_path):
+    assert main(["sft", "--config", recipe, "--no_p2d"]) == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert not (tmp_path / "out" / "p2d_report.json").exists()
+
+
+def test_a_mixture_is_the_pool_and_can_be_split(recipe, folder, given, tmp_path):
+    mixture = [{"path": "json", "data_files": f"{folder}/pool.jsonl", "fraction": fraction} for fraction in (0.5, 0.5)]
+    with open(recipe, "a") as file:
+        file.write(f"datasets: {json.dumps(mixture)}\ntest_split_size: 0.25\neval_strategy: epoch\n")
+    assert main(["sft", "--config", recipe]) == 0
+    assert (len(given.kwargs["train_dataset"]), len(given.kwargs["eval_dataset"])) == (36, 12)
+
+
+def test_what_a_trainer_takes_is_passed_on(recipe, folder, given, tmp_path):
+    (tmp_path / "data").mkdir()
+    for split, n in (("train", 8), ("test", 4)):
+        prompt_completion(n).to_json(tmp_path / "data" / f"{split}.jsonl")
+    flags = ["--dataset_name", f"{tmp_path}/data", "--dataset_streaming", "--eval_strategy", "steps"]
+    flags += ["--load_in_4bit", "--use_bnb_nested_quant", "--dtype", "bfloat16", "--attn_implementation", "eager"]
+    flags += ["--push_to_hub", "--resume_from_checkpoint", "checkpoint-1"]
+    assert main(["sft", "--config", recipe, *flags]) == 0
+    kwargs = given.kwargs
+    assert kwargs["model"] == f"{folder}/model" and kwargs["heads"] is None and kwargs["peft_config"] is None
+    assert kwargs["args"].model_init_kwargs == {
+        "revision": "main",
+        "attn_implementation": "eager",
+        "dtype": "bfloat16",
+    }
+    quantization = kwargs["quantization_config"]
+    assert (quantization.load_in_4bit, quantization.bnb_4bit_use_double_quant) == (True, True)
+    assert isinstance(kwargs["train_dataset"], IterableDataset)
+    assert [len(list(kwargs[name])) for name in ("train_dataset", "eval_dataset")] == [8, 4]
+    assert len(kwargs["target_dataset"]) == 6
+    calls = [(name, kwargs) for name, _, kwargs in given.calls if name != "print"]
+    assert calls == [
+        ("train", {"resume_from_checkpoint": "checkpoint-1"}),
+        ("save_model", {}),
+        ("push_to_hub", {"dataset_name": f"{tmp_path}/data"}),
+        ("end", {}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("dataset_name: null", "There is no training data: give `dataset_name`"),
+        ("eval_strategy: epoch", r"pool.jsonl' is one file. Give it as `datasets` with `test_split_size`"),
+        ("eval_strategy: epoch\ndatasets: [{path: json, data_files: FOLDER/pool.jsonl}]", "give `test_split_size`"),
+        ("heads_ratio: 0.5", "Neither `p2d sft` nor `accelerate launch` knows --heads_ratio"),
+        ("heads_file: no.json", "No such file or directory: 'no.json'"),
+        ("data_ratio: 2.0", "`data_ratio` must be in (0, 1], got 2.0"),
+    ],
+)
+def test_mistakes_are_told_before_any_work(lines, message, recipe, folder, given, capsys):
+    with open(recipe, "a") as file:
+        file.write(lines.replace("FOLDER", str(folder)))
+    capsys.readouterr()
+    assert main(["sft", "--config", recipe]) == 2
+    error = capsys.readouterr().err
+    assert message in error and not given.kwargs
