@@ -208,6 +208,7 @@ class Matrix:
         self.asked: set[str] = set()
         self.running = ""
 
+    @pytest.hookimpl(trylast=True)  # after -k
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         kept, left_out = [], []
         for item in items:
