@@ -22,7 +22,7 @@ from trl import SFTTrainer
 
 from p2d_peft import P2DConfig, P2DTrainer
 from p2d_peft.report.run_report import library_versions
-from p2d_peft.trainer.reference import find_reference
+from p2d_peft.trainer.reference import count_tokens, find_reference
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -73,9 +73,10 @@ def main() -> None:
             )
 
         trainer = P2DTrainer(args=config(reference_steps=3), target_dataset=data["target"], **setup())
-        reference = find_reference(trainer, trainer.train_dataset)
+        pool = trainer.train_dataset
+        reference = find_reference(trainer, pool, len(pool), count_tokens(pool))
         assert reference is not None
-        del trainer
+        del trainer, pool
         times = StepTimes()
         SFTTrainer(args=config(p2d=False, max_steps=args.steps), callbacks=[times], **setup()).train()
 

@@ -8,15 +8,19 @@ method does; it is ours, the paper's text was not available.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from .memory import PeakMemory
+from .passed_tokens import passed_tokens
+from .processes import of_all_processes, settle
+from .step_times import MakeOptimizer, TrainingLoss, time_steps
 
 
 Stage = Literal["localize", "select", "train"]
@@ -43,59 +47,140 @@ def alignment_efficiency_ratio(stage_seconds: Mapping[str, float], reference_sec
     return sum(stage_seconds.values()) / reference_seconds
 
 
+@dataclass(frozen=True)
+class StageCosts:
+    """
+    What the stages cost so far. A stage that was not run is missing.
+
+    Args:
+        seconds (`dict[str, float]`): Wall-clock seconds.
+        tokens (`dict[str, int]`): Tokens that passed through the model, in all processes together, padding left out; a
+            token that passes twice counts twice.
+        peak_memory (`dict[str, int]`): The peak of the memory in bytes, of the process where it is highest; see
+            [`~p2d_peft.memory.memory_kind`] for what that is.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    peak_memory: dict[str, int] = field(default_factory=dict)
+
+    def without(self, stage: Stage) -> StageCosts:
+        """The costs of the other stages."""
+        return StageCosts(
+            *({name: value for name, value in part.items() if name != stage} for part in vars(self).values())
+        )
+
+
+@dataclass
+class _Running:
+    """A stage that is under way: when it began, the counter of its tokens and where that stood then."""
+
+    started: float
+    tokens: Callable[[], int] | None
+    tokens_before: int
+    memory: PeakMemory
+
+
 class StageClock:
     """
-    Adds up the wall-clock seconds of the stages, with the accelerator synchronised at both ends of each.
+    Adds up what the stages cost: wall-clock seconds, tokens, and the peak of the memory.
 
-    A stage may be entered several times, and may start from the seconds of an earlier process (a resumed run).
+    At both ends of a stage the accelerator is synchronised and, where there are several processes, each waits for all
+    of them: a stage is over when the last of them is through, and is charged until then.
+
+    A stage may be entered several times, and may start from the costs of an earlier process (a resumed run).
     """
 
     def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-        self._running: dict[str, float] = {}
+        self._charged = StageCosts()
+        self._running: dict[str, _Running] = {}
+        self._is_paused = False
 
     @contextmanager
-    def stage(self, name: Stage) -> Iterator[None]:
-        """Context that charges its duration to a stage, also when it ends in an exception."""
-        _synchronize()
-        self._running[name] = time.perf_counter()
-        try:
-            yield
-        finally:
-            _synchronize()
-            self._seconds[name] = self.seconds[name]
-            del self._running[name]
+    def stage(
+        self, name: Stage, model: nn.Module | None = None, tokens: Callable[[], int] | None = None
+    ) -> Iterator[None]:
+        """
+        Context that is charged to a stage, also when it ends in an exception. Nobody waits for anyone then.
+
+        Args:
+            name (`str`): The stage.
+            model (`nn.Module`, *optional*): The model whose forward passes are the stage's; their tokens are counted.
+            tokens (`Callable[[], int]`, *optional*): In place of `model`, a count that someone else keeps: it gives the
+                tokens so far, of all processes, and may start anywhere.
+        """
+        with passed_tokens(model) if model is not None else nullcontext(tokens) as count:
+            settle()
+            running = _Running(time.perf_counter(), count, count() if count else 0, PeakMemory())
+            self._running[name] = running
+            running.memory.resume()
+            completed = False
+            try:
+                yield
+                completed = True
+            finally:
+                settle(everyone=completed)
+                costs = self.costs
+                running.memory.pause()
+                del self._running[name]
+                if completed:
+                    costs = _with_highest_peaks(costs)
+                    if model is not None and count is not None:  # each process has counted its own
+                        of_others = sum(of_all_processes(count())) - count()
+                        costs = replace(costs, tokens={**costs.tokens, name: costs.tokens[name] + of_others})
+                self._charged = costs
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Context that is charged to no stage, whatever stage is running."""
-        _synchronize()
+        if self._is_paused or not self._running:
+            yield
+            return
+        settle()
         start = time.perf_counter()
+        self._is_paused, completed = True, False
+        for running in self._running.values():
+            running.memory.pause()
         try:
             yield
+            completed = True
         finally:
-            _synchronize()
+            settle(everyone=completed)
+            self._is_paused = False
             pause = time.perf_counter() - start
-            self._running = {name: started + pause for name, started in self._running.items()}
+            for running in self._running.values():
+                running.started += pause
+                running.memory.resume()
 
-    def set(self, seconds: Mapping[str, float]) -> None:
-        """Start from the seconds of an earlier run, in place of what was charged so far."""
-        self._seconds = dict(seconds)
+    def set(self, costs: StageCosts) -> None:
+        """Start from the costs of an earlier run, in place of what was charged so far."""
+        self._charged = costs
 
     @property
-    def seconds(self) -> dict[str, float]:
-        """Seconds of each stage so far, those of a running stage included."""
+    def costs(self) -> StageCosts:
+        """What this process knows of the costs so far, those of a running stage included."""
+        seconds, tokens, peaks = (dict(part) for part in vars(self._charged).values())
         now = time.perf_counter()
-        return {
-            name: self._seconds.get(name, 0.0) + (now - self._running[name] if name in self._running else 0.0)
-            for name in STAGES
-            if name in self._seconds or name in self._running
-        }
+        for name, running in self._running.items():
+            seconds[name] = seconds.get(name, 0.0) + now - running.started
+            peaks[name] = max(peaks.get(name, 0), running.memory.bytes)
+            if running.tokens is not None:
+                tokens[name] = tokens.get(name, 0) + running.tokens() - running.tokens_before
+        return StageCosts(_in_order(seconds), _in_order(tokens), _in_order(peaks))
+
+    def costs_of_all(self) -> StageCosts:
+        """The costs so far once each process has come this far; all of them have to call it."""
+        settle()
+        return _with_highest_peaks(self.costs)
 
 
-def _synchronize() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+def _in_order(part: dict[str, Any]) -> dict[str, Any]:
+    return {stage: part[stage] for stage in STAGES if stage in part}
+
+
+def _with_highest_peaks(costs: StageCosts) -> StageCosts:
+    peaks = of_all_processes(costs.peak_memory)
+    return replace(costs, peak_memory={stage: max(peak[stage] for peak in peaks) for stage in costs.peak_memory})
 
 
 @dataclass(frozen=True)
@@ -105,80 +190,41 @@ class Reference:
 
     Args:
         seconds_per_epoch (`float`): Seconds of one epoch.
-        source (`str`): `"given"` by the user, or `"estimated"` from a few steps.
+        source (`str`): `"given"` by the user in seconds, `"measured"` in a run that left a report, or `"estimated"`
+            from a few steps.
         relative_error (`float`, *optional*): Of an estimate, the standard error of its seconds per token, relative.
     """
 
     seconds_per_epoch: float
-    source: Literal["given", "estimated"]
+    source: Literal["given", "measured", "estimated"]
     relative_error: float | None = None
 
 
 def estimate_reference(
     model: nn.Module,
     batches: list[dict[str, torch.Tensor]],
-    training_loss: Callable[[dict[str, torch.Tensor]], torch.Tensor],
-    make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
-    pool_tokens: int,
-    steps_per_epoch: int,
+    training_loss: TrainingLoss,
+    make_optimizer: MakeOptimizer,
+    pool_tokens: float,
+    steps_per_epoch: float,
 ) -> Reference:
     """
     Estimate the reference from a few real steps of full fine-tuning; the model is put back bit for bit.
 
     An epoch is charged with `pool_tokens` at the measured seconds a token of forward and backward passes, and with
-    `steps_per_epoch` optimizer steps. The first batch warms up and is not counted.
+    `steps_per_epoch` optimizer steps.
 
     Args:
         model (`nn.Module`): The model, with floating-point weights.
-        batches (`list[dict[str, torch.Tensor]]`): At least two batches with `input_ids` and `labels`, and either an
-            `attention_mask` or no padding.
-        training_loss (`Callable`): From a batch to the loss, as the training computes it.
-        make_optimizer (`Callable`): From parameters to the optimizer that full fine-tuning would use.
-        pool_tokens (`int`): Tokens of the whole pool, padding not counted.
-        steps_per_epoch (`int`): Optimizer steps of an epoch over the whole pool.
+        batches, training_loss, make_optimizer: As in [`time_steps`]; all weights are trained.
+        pool_tokens (`float`): Tokens of the whole pool that this process would train on, padding not counted.
+        steps_per_epoch (`float`): Optimizer steps of an epoch over the whole pool.
 
     Raises:
         `ValueError`: if the weights are quantized, or there are fewer than two batches.
     """
-    if len(batches) < 2:
-        raise ValueError(f"`batches` must hold at least 2 batches (one warms up), got {len(batches)}.")
     parameters = list(model.parameters())
     if not all(parameter.is_floating_point() for parameter in parameters):
         raise ValueError("Full fine-tuning of quantized weights cannot be timed; give the reference instead.")
-    # On the CPU, so that the estimate needs no more accelerator memory than full fine-tuning itself.
-    weights = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
-    gradients = [parameter.grad for parameter in parameters]
-    flags = [parameter.requires_grad for parameter in parameters]
-    pass_seconds: list[float] = []
-    step_seconds: list[float] = []
-    tokens: list[int] = []
-    try:
-        for parameter in parameters:
-            parameter.requires_grad = True
-            parameter.grad = None
-        optimizer = make_optimizer(parameters)
-        for batch in batches:
-            _synchronize()
-            start = time.perf_counter()
-            training_loss(batch).backward()
-            _synchronize()
-            middle = time.perf_counter()
-            optimizer.step()
-            optimizer.zero_grad()
-            _synchronize()
-            pass_seconds.append(middle - start)
-            step_seconds.append(time.perf_counter() - middle)
-            tokens.append(
-                int(batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel())
-            )
-    finally:
-        with torch.no_grad():
-            for parameter, weight, gradient, flag in zip(parameters, weights, gradients, flags, strict=True):
-                parameter.copy_(weight)
-                parameter.grad = gradient
-                parameter.requires_grad = flag
-    rates = [seconds / count for seconds, count in zip(pass_seconds[1:], tokens[1:], strict=True)]
-    rate = sum(pass_seconds[1:]) / sum(tokens[1:])
-    error = statistics.stdev(rates) / len(rates) ** 0.5 / rate if len(rates) > 1 else None
-    seconds = rate * pool_tokens + statistics.mean(step_seconds[1:]) * steps_per_epoch
-    return Reference(seconds, "estimated", error)
+    times = time_steps(parameters, batches, training_loss, make_optimizer)
+    return Reference(times.seconds(pool_tokens, steps_per_epoch), "estimated", times.relative_error)

@@ -3,8 +3,8 @@ import time
 import pytest
 import torch
 
-from p2d_peft import efficiency
-from p2d_peft.efficiency import StageClock, alignment_efficiency_ratio, estimate_reference
+from p2d_peft import efficiency, processes
+from p2d_peft.efficiency import StageClock, StageCosts, alignment_efficiency_ratio, estimate_reference
 
 from .model_checks import assert_unchanged, mixed_state, snapshot
 from .tiny_models import random_batch, tiny_model
@@ -41,18 +41,18 @@ def test_stage_clock_adds_up(monkeypatch):
         watch.now += 2
     with clock.stage("train"):
         watch.now += 5
-        assert clock.seconds == {"select": 2, "train": 5}  # a running stage counts so far
+        assert clock.costs.seconds == {"select": 2, "train": 5}  # a running stage counts so far
         watch.now += 1
     watch.now += 50  # nobody's time
     with pytest.raises(RuntimeError), clock.stage("train"):
         watch.now += 4
         raise RuntimeError
-    assert clock.seconds == {"select": 2, "train": 10}
+    assert clock.costs.seconds == {"select": 2, "train": 10}
 
 
 def test_stage_clock_pauses_and_goes_on_from_an_earlier_run(monkeypatch):
     watch, clock = Time(monkeypatch), StageClock()
-    clock.set({"localize": 7.0, "train": 0.5})
+    clock.set(StageCosts({"localize": 7.0, "train": 0.5}, {"train": 30}, {"localize": 5, "train": 6}))
     with clock.stage("train"):
         watch.now += 1
         with pytest.raises(RuntimeError), clock.paused():
@@ -61,7 +61,113 @@ def test_stage_clock_pauses_and_goes_on_from_an_earlier_run(monkeypatch):
         watch.now += 2
     with clock.paused():
         watch.now += 100
-    assert clock.seconds == {"localize": 7, "train": 3.5}
+    assert clock.costs.seconds == {"localize": 7, "train": 3.5}
+    assert clock.costs.tokens == {"train": 30}
+    assert clock.costs.peak_memory["localize"] == 5 and clock.costs.peak_memory["train"] > 1e6
+    assert clock.costs.without("train") == StageCosts({"localize": 7}, {}, {"localize": 5})
+
+
+def test_a_pause_within_a_pause_counts_once(monkeypatch):
+    """`evaluate` calls itself for each of several datasets."""
+    watch, clock = Time(monkeypatch), StageClock()
+    with clock.stage("train"):
+        watch.now += 1
+        with clock.paused():
+            watch.now += 10
+            with clock.paused():
+                watch.now += 100
+        watch.now += 2
+    assert clock.costs.seconds == {"train": 3}
+
+
+def test_stage_clock_counts_tokens():
+    model, clock, seen = tiny_model(), StageClock(), [100]
+    with clock.stage("localize", model):
+        model(**random_batch(padding=2))  # 20 tokens
+        assert clock.costs.tokens == {"localize": 20}
+        model(**random_batch(padding=0))
+    model(**random_batch())  # nobody's
+    with clock.stage("train", tokens=lambda: seen[0]):
+        seen[0] += 7
+        assert clock.costs.tokens == {"localize": 42, "train": 7}
+    with clock.stage("train", tokens=lambda: seen[0]):
+        seen[0] += 3
+    assert clock.costs.tokens == {"localize": 42, "train": 10}
+
+
+def test_stage_clock_sees_the_memory_of_each_stage(monkeypatch):
+    class Memory:
+        """Holds what it is told to."""
+
+        now = 0
+        bytes = property(lambda self: Memory.now)
+
+        def resume(self):
+            pass
+
+        pause = resume
+
+    monkeypatch.setattr(efficiency, "PeakMemory", Memory)
+    clock = StageClock()
+    for stage, size in (("localize", 30), ("select", 10), ("localize", 20)):
+        with clock.stage(stage):
+            Memory.now = size
+    assert clock.costs.peak_memory == {"localize": 30, "select": 10}
+
+
+class Processes:
+    """A group of two processes, of which the other one has its own answers ready."""
+
+    def __init__(self, monkeypatch, theirs=()):
+        self.waits, self.theirs = 0, iter(theirs)
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(processes, "PartialState", lambda: self)
+        monkeypatch.setattr(processes, "gather_object", lambda ours: [*ours, next(self.theirs)])
+
+    def wait_for_everyone(self):
+        self.waits += 1
+        self.on_wait()
+
+    def on_wait(self):
+        pass
+
+
+def test_stage_clock_charges_the_wait_for_other_processes(monkeypatch):
+    watch, group, clock = Time(monkeypatch), Processes(monkeypatch, [{"train": 1}] * 2), StageClock()
+
+    def other_is_slow():
+        watch.now += 5
+
+    with clock.stage("train"):
+        assert group.waits == 1
+        group.on_wait = other_is_slow
+        watch.now += 2
+        with clock.paused():
+            watch.now += 100
+        assert clock.costs.seconds == {"train": 2 + 5}  # the wait at the beginning of a pause is the stage's
+        clock.costs_of_all()
+    assert clock.costs.seconds == {"train": 2 + 5 + 5 + 5}
+    assert group.waits == 5
+
+
+def test_costs_of_all_processes_come_together(monkeypatch):
+    theirs = [{"localize": 10**15}, 1000, {"localize": 10**15, "train": 10**15}]
+    Processes(monkeypatch, theirs)
+    model, clock = tiny_model(), StageClock()
+    with clock.stage("localize", model):
+        model(**random_batch(padding=0))
+    assert clock.costs.tokens == {"localize": 22 + 1000}
+    assert clock.costs.peak_memory == {"localize": 10**15}
+    with pytest.raises(RuntimeError, match="boom"), clock.stage("train"):
+        assert clock.costs_of_all().peak_memory["train"] == 10**15
+        raise RuntimeError("boom")
+
+
+def test_nobody_waits_where_something_went_wrong(monkeypatch):
+    group, clock = Processes(monkeypatch), StageClock()
+    with pytest.raises(RuntimeError, match="boom"), clock.stage("train"):
+        raise RuntimeError("boom")
+    assert group.waits == 1 and "train" in clock.costs.seconds
 
 
 def loss_of(model):
@@ -168,4 +274,4 @@ def test_time_is_wall_clock_time():
     clock = StageClock()
     with clock.stage("train"):
         time.sleep(0.02)
-    assert 0.02 <= clock.seconds["train"] < 5
+    assert 0.02 <= clock.costs.seconds["train"] < 5

@@ -27,6 +27,16 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path, mon
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_what_is_there_already_is_left_alone(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"x": 1})
+    before = path.stat().st_ino
+    write_json(path, {"x": 1})
+    assert path.stat().st_ino == before
+    write_json(path, {"x": 2})
+    assert path.stat().st_ino != before and read_json(path) == {"x": 2}
+
+
 def test_what_is_not_json_is_named(tmp_path):
     (tmp_path / "a.json").write_text('{"half": ')
     with pytest.raises(ValueError, match=r"a\.json' is not a JSON file"):

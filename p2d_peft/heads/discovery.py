@@ -6,7 +6,9 @@ import re
 from dataclasses import replace
 from itertools import pairwise
 
+from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .attention_geometry import COLUMNS, ROLES, ROWS, AttentionGeometry, Role, Units
@@ -35,12 +37,13 @@ def find_attentions(model: nn.Module) -> dict[Layer, AttentionGeometry]:
             names the module, what was found there and how to describe it.
     """
     modules = dict(model.named_modules())
+    towers = _other_towers(model, modules)
     found: list[AttentionGeometry] = []
     refused: dict[str, str] = {}
     unknown: list[str] = []
     done = "\0"  # no name starts with it
     for name, module in modules.items():
-        if name.startswith(done) or _NOT_SOFTMAX.search(type(module).__name__):
+        if name.startswith((done, *towers)) or _NOT_SOFTMAX.search(type(module).__name__):
             continue
         layouts, known = layouts_of(module)
         layout = next((layout for layout in layouts if _has(modules, name, layout)), None)
@@ -64,6 +67,29 @@ def find_attentions(model: nn.Module) -> dict[Layer, AttentionGeometry]:
             f"{HOW_TO_DESCRIBE}."
         )
     return _by_address(model, modules, found)
+
+
+def _other_towers(model: nn.Module, modules: dict[str, nn.Module]) -> tuple[str, ...]:
+    """
+    What stands beside the language model in a model of several modalities, as the beginnings of its modules' names: on
+    text it does not run, so its heads are no heads of ours.
+    """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(inner, PreTrainedModel) or not inner.can_generate() or inner.config.is_encoder_decoder:
+        return ()
+    if inner.config.get_text_config(decoder=True) is inner.config:
+        return ()
+    names = {module: name for name, module in modules.items()}
+    language_model = names.get(inner.get_decoder(), "")
+    parts = language_model.split(".") if language_model else []
+    # at each level on the way to the language model, all children but the next one on it
+    return tuple(
+        f"{prefix}{child}."
+        for depth, part in enumerate(parts)
+        for prefix in [".".join([*parts[:depth], ""])]
+        for child, _ in modules[prefix.removesuffix(".")].named_children()
+        if child != part
+    )
 
 
 def base_layer(module: nn.Module) -> nn.Module:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from ..files import read_json, write_json
+from .hub import HEADS_NAME, find_file, push_json
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 
 # The address of a layer: its number, or "<stack>.<number>" in a model with several stacks of attention, such as
@@ -146,7 +151,15 @@ class HeadSet(Set, Hashable):
             or not isinstance(data.get("heads"), Mapping)
         ):
             raise ValueError(f"`data` is not a head set: expected a mapping with 'format': '{_FORMAT}' and 'heads'.")
-        return cls.from_layers(data["heads"])
+        for layer, heads in data["heads"].items():
+            if not isinstance(heads, list):
+                raise ValueError(
+                    f"`data` is not a head set: layer {layer!r} has no list of heads, but {type(heads).__name__}."
+                )
+        try:
+            return cls.from_layers(data["heads"])
+        except TypeError as error:  # the data is wrong, not the call
+            raise ValueError(f"`data` is not a head set: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Write the set as JSON to the file `path`."""
@@ -154,8 +167,95 @@ class HeadSet(Set, Hashable):
 
     @classmethod
     def load(cls, path: str | Path) -> HeadSet:
-        """Read a set from a JSON file that [`HeadSet.save`] wrote."""
-        return cls.from_dict(read_json(path))
+        """
+        Read a set from a JSON file that [`HeadSet.save`] wrote.
+
+        Raises:
+            `FileNotFoundError`: if there is no such file.
+            `ValueError`: if the file holds no head set; the message names the file.
+        """
+        data = read_json(path)
+        try:
+            return cls.from_dict(data)
+        except ValueError as error:
+            raise ValueError(f"'{path}' holds no head set. {error}") from error
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write the set into a folder, as `p2d_heads.json`; missing folders are made."""
+        self.save(Path(save_directory) / HEADS_NAME)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        subfolder: str | None = None,
+        **hub_kwargs: Any,
+    ) -> HeadSet:
+        """
+        Read a set from a folder or from the Hub, be it by itself there or beside an adapter that `P2DTrainer` trained.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`):
+                A folder that [`HeadSet.save_pretrained`] or `P2DTrainer` wrote, or the id of a model repository.
+            revision (`str`, *optional*): Branch, tag or commit of the repository; the main branch by default.
+            token (`str` or `bool`, *optional*): Access token; by default the one that is logged in with, if any.
+            subfolder (`str`, *optional*): Where in the folder or the repository the file is.
+            **hub_kwargs (*optional*):
+                What else [`~huggingface_hub.hf_hub_download`] takes: `cache_dir`, `local_files_only`, ...
+
+        Raises:
+            `FileNotFoundError`: if the folder or the repository has no `p2d_heads.json`.
+            `ValueError`: if that file holds no head set.
+
+        Example:
+
+        ```python
+        >>> from p2d_peft import HeadSet, HeadSparseConfig
+
+        >>> heads = HeadSet.from_pretrained("user/adapter")
+        >>> config = HeadSparseConfig(heads=heads, task_type="CAUSAL_LM")
+        ```
+        """
+        hub_kwargs |= {"revision": revision, "token": token}
+        return cls.load(find_file(pretrained_model_name_or_path, HEADS_NAME, subfolder, hub_kwargs))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload heads",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """
+        Upload the set to a model repository of the Hub, as `p2d_heads.json`. Other files there stay as they are.
+
+        Args:
+            repo_id (`str`): The repository, `"user/name"`; made if there is none.
+            commit_message (`str`, *optional*, defaults to `"Upload heads"`): First line of the commit's message.
+            private (`bool`, *optional*): Whether a repository that is made is private.
+            token (`str` or `bool`, *optional*): Access token; by default the one that is logged in with.
+            revision (`str`, *optional*): The branch to commit to; the main branch by default.
+            create_pr (`bool`, *optional*, defaults to `False`): Open a pull request in place of a commit.
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`]
+        """
+        return push_json(
+            self.to_dict(),
+            HEADS_NAME,
+            repo_id,
+            private=private,
+            token=token,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )
 
     def __contains__(self, head: object) -> bool:
         return head in self._members

@@ -15,7 +15,15 @@ from ..files import read_json, write_json
 
 REPORT_NAME = "p2d_report.json"
 _FORMAT = "p2d_peft.P2DReport"
-_SCHEMA = 1
+_SCHEMA = 2
+# What reports of schema 1 lack: these were not measured then.
+_SINCE_SCHEMA_2: dict[str, Any] = {
+    "stage_tokens": {},
+    "stage_peak_memory": {},
+    "peak_memory_kind": None,
+    "device": None,
+    "processes": None,
+}
 
 
 def library_versions() -> dict[str, str]:
@@ -29,21 +37,32 @@ class P2DReport:
     """
     One run: what was chosen, what it cost, and what it cost in relation to the reference.
 
+    A run of [`P2DTrainer`] with `p2d=False` has the stage `train` alone, no scorer and no AER; it is a reference for
+    others. Sizes that it cannot tell (of a stream, or of packed rows) are None.
+
     Args:
         stage_seconds (`dict[str, float]`): Seconds of `localize`, `select` and `train`.
+        stage_tokens (`dict[str, int]`): Tokens that passed through the model in each stage, in all processes together,
+            padding left out; a token that passes twice counts twice.
+        stage_peak_memory (`dict[str, int]`): Peak of the memory in each stage in bytes, of the process where it is
+            highest.
+        peak_memory_kind (`str`, *optional*): What that is the memory of: `"accelerator"` or `"process"`, see
+            [`~p2d_peft.memory.memory_kind`].
+        device (`str`, *optional*): The kind of device that it ran on, such as `"cuda"` or `"cpu"`.
+        processes (`int`, *optional*): How many processes it ran in.
         epochs (`float`): Epochs trained on the selected rows.
         reference_seconds (`float`, *optional*): Seconds of full-parameter SFT on the whole pool for as many epochs;
             None if it was neither given nor estimated.
-        reference_source (`str`, *optional*): `"given"` or `"estimated"`.
+        reference_source (`str`, *optional*): `"given"`, `"measured"` or `"estimated"`.
         reference_relative_error (`float`, *optional*): Of an estimate, its relative standard error.
         aer (`float`, *optional*): Alignment Efficiency Ratio; None without a reference.
         speedup (`float`, *optional*): 1 / AER.
         model (`str`, *optional*): Id or path of the base model.
         seed (`int`): Seed of the run.
-        n_heads (`int`): Heads of the model.
+        n_heads (`int`, *optional*): Heads of the model.
         heads (`dict[str, list[int]]`, *optional*): The selected heads by layer.
         localize_method (`str`, *optional*): How they were found; None if they were given.
-        pool_rows (`int`, *optional*): Rows of the pool; None for a stream of which nothing was selected.
+        pool_rows (`int`, *optional*): Rows of the pool.
         pool_tokens (`int`, *optional*): Tokens of the pool.
         selected_rows (`int`, *optional*): Rows that were kept.
         selected_tokens (`int`, *optional*): Their tokens.
@@ -54,6 +73,11 @@ class P2DReport:
     """
 
     stage_seconds: dict[str, float]
+    stage_tokens: dict[str, int]
+    stage_peak_memory: dict[str, int]
+    peak_memory_kind: str | None
+    device: str | None
+    processes: int | None
     epochs: float
     reference_seconds: float | None
     reference_source: str | None
@@ -62,7 +86,7 @@ class P2DReport:
     speedup: float | None
     model: str | None
     seed: int
-    n_heads: int
+    n_heads: int | None
     heads: dict[str, list[int]] | None
     localize_method: str | None
     pool_rows: int | None
@@ -81,13 +105,23 @@ class P2DReport:
     @classmethod
     def load(cls, path: str | Path) -> P2DReport:
         """
-        Read a report that [`P2DReport.save`] wrote.
+        Read a report that [`P2DReport.save`] wrote. One of schema 1 lacks the tokens and the memory of its stages.
 
         Raises:
-            `ValueError`: if the file is not a report of this version of the schema.
+            `ValueError`: if the file is not a report of a schema that this version knows.
         """
         data: Any = read_json(path)
-        if not isinstance(data, Mapping) or data.get("format") != _FORMAT or data.get("schema") != _SCHEMA:
-            raise ValueError(f"'{path}' is not a P2D report of schema {_SCHEMA}.")
+        if not is_report(data):
+            raise ValueError(f"'{path}' is not a P2D report.")
+        if data.get("schema") not in (1, _SCHEMA):
+            raise ValueError(
+                f"'{path}' is a P2D report of schema {data.get('schema')}, but this version of p2d_peft reads 1 to "
+                f"{_SCHEMA}; use the version that wrote it, or a newer one."
+            )
         names = {entry.name for entry in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in data.items() if name in names})
+        return cls(**{name: value for name, value in {**_SINCE_SCHEMA_2, **data}.items() if name in names})
+
+
+def is_report(data: Any) -> bool:
+    """Whether the contents of a JSON file are a report, of whatever schema."""
+    return isinstance(data, Mapping) and data.get("format") == _FORMAT

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from transformers import AutoProcessor
+from transformers import AutoProcessor, PreTrainedModel
 from trl.trainer.utils import get_config_model_id
 
 from ..tuners import HeadSparseConfig
@@ -34,17 +34,20 @@ def load_processing_class(model: Any, args: P2DConfig) -> Any:
     )
 
 
-def learn_tokens(config: HeadSparseConfig, token_ids: list[int]) -> None:
+def learn_tokens(config: HeadSparseConfig, token_ids: list[int], model: PreTrainedModel) -> None:
     """
     Let an adapter train the embeddings of added tokens and the head that predicts them, as `SFTTrainer` does it.
 
     Args:
         config ([`HeadSparseConfig`]): Changed in place.
         token_ids (`list[int]`): The added tokens.
+        model (`PreTrainedModel`): The model, which says what its embeddings are called.
     """
+    names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
+    embeddings, head = names[model.get_input_embeddings()], names[model.get_output_embeddings()]
     indices = config.trainable_token_indices or {}
     if isinstance(indices, list):  # PEFT's short form
-        indices = {"embed_tokens": indices}
-    config.trainable_token_indices = {**indices, "embed_tokens": [*indices.get("embed_tokens", []), *token_ids]}
-    if "lm_head" not in (config.modules_to_save or ()):
-        config.modules_to_save = [*(config.modules_to_save or ()), "lm_head"]
+        indices = {embeddings: indices}
+    config.trainable_token_indices = {**indices, embeddings: [*indices.get(embeddings, []), *token_ids]}
+    if head not in (config.modules_to_save or ()):
+        config.modules_to_save = [*(config.modules_to_save or ()), head]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset
 
 from ..heads import HeadScores, HeadSet, localize_heads
@@ -19,7 +20,7 @@ from ..selection.selector import needs_heads
 from .added_tokens import vocabulary
 from .arguments import changed
 from .config import P2DConfig
-from .reference import count_tokens, find_reference, training_batches
+from .reference import check_reference, count_tokens, find_reference, training_batches
 from .state import P2DState
 from .tokenized import tokenized
 
@@ -55,35 +56,53 @@ def choose(trainer: P2DTrainer) -> P2DState:
             there,
         )
     pool = tokenized(trainer, trainer.train_dataset)
+    # a stream's numbers are known once it was read
+    n_rows = len(pool) if isinstance(pool, Dataset) else None
+    check_reference(trainer, n_rows)
     selects = trainer.selector is not None or args.data_ratio < 1
     heads, method = trainer.heads, None
-    with trainer.accelerator.autocast():
+    with trainer.accelerator.autocast(), _without_virtual_tokens(trainer.model):
         if heads is None and trainer.wants_heads:
-            with trainer._clock.stage("localize"):
+            with trainer._clock.stage("localize", trainer.model):
                 trainer.head_scores = _localize(trainer, pool)
-                heads = trainer.head_scores.top(
-                    args.head_ratio, per_layer=args.heads_per_layer or "even", per_group=args.heads_per_group
-                )
+                heads = best_heads(trainer.head_scores, args)
             method = trainer.head_scores.method
             logger.info("Localized %d heads by %s: %r", len(heads), method, heads)
         if selects:
             with trainer._clock.stage("select"):
-                selector = trainer.selector = trainer.selector or _selector(trainer, heads, pool)
-                selector.select(_raw_where_another_tokenizer_reads(selector, trainer, pool))
-    # a stream's numbers are known once it was read
-    n_rows = len(pool) if isinstance(pool, Dataset) else None
+                selector = trainer.selector = trainer.selector or make_selector(trainer, heads, pool)
+            with trainer._clock.stage("select", selector.engine.model):
+                selector.select(raw_where_another_tokenizer_reads(selector, trainer, pool))
     n_tokens = count_tokens(pool) if isinstance(pool, Dataset) else None
     state = P2DState(heads, method, pool_rows=n_rows, pool_tokens=n_tokens, selected_tokens=n_tokens)
     if selects:
         _note_selection(state, selector)
-    state.reference = find_reference(trainer, pool, state.pool_rows, state.pool_tokens)
+    with _without_virtual_tokens(trainer.model):
+        state.reference = find_reference(trainer, pool, state.pool_rows, state.pool_tokens)
     return state
+
+
+def _without_virtual_tokens(model: Any) -> AbstractContextManager[None]:
+    """
+    Context without the prompt that prompt learning puts in front of each row: it is random before it is trained, and the
+    model's positions are not those of the row's tokens.
+    """
+    if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+        disabled: AbstractContextManager[None] = model.disable_adapter()
+        return disabled
+    return nullcontext()
 
 
 def _note_selection(state: P2DState, selector: P2DDataSelector) -> None:
     report, rows, scores = selector.report, selector.rows, selector.scores
     assert report is not None and rows is not None and scores is not None
     logger.info("Selected %d of %d rows by %s", len(rows), report.n_rows, selector.engine.scorer.name)
+    if report.n_resumed:
+        logger.warning(
+            "The AER is too low: the scores of %d of %d rows are those of a run that was stopped, whose time is not known.",
+            report.n_resumed,
+            report.n_rows,
+        )
     state.scorer = selector.engine.scorer.name
     state.rows = rows
     state.scores = scores[rows].tolist()
@@ -92,7 +111,7 @@ def _note_selection(state: P2DState, selector: P2DDataSelector) -> None:
         state.pool_rows, state.pool_tokens = report.n_rows, report.n_tokens
 
 
-def _target(trainer: P2DTrainer, pool: Dataset | IterableDataset) -> Dataset:
+def draw_target(trainer: P2DTrainer, pool: Dataset | IterableDataset) -> Dataset:
     """At most `target_samples` samples of the task, drawn with the run's seed."""
     given = trainer.target_dataset
     target = pool if given is None else tokenized(trainer, given)
@@ -107,7 +126,7 @@ def _localize(trainer: P2DTrainer, pool: Dataset | IterableDataset) -> HeadScore
     args = trainer.args
     scores = localize_heads(
         trainer.model,
-        training_batches(_target(trainer, pool), args.per_device_train_batch_size, trainer.pad_token_id),
+        training_batches(draw_target(trainer, pool), args.per_device_train_batch_size, trainer.pad_token_id),
         method=args.localize_method or default_method(trainer.model),
         seed=args.seed,
     )
@@ -116,13 +135,18 @@ def _localize(trainer: P2DTrainer, pool: Dataset | IterableDataset) -> HeadScore
     return shared
 
 
-def _selector(trainer: P2DTrainer, heads: HeadSet | None, pool: Dataset | IterableDataset) -> P2DDataSelector:
+def best_heads(scores: HeadScores, args: P2DConfig) -> HeadSet:
+    """The heads to train: by default evenly over the depth, as far as their number allows it."""
+    return scores.top(args.head_ratio, per_layer=args.heads_per_layer or "even", per_group=args.heads_per_group)
+
+
+def make_selector(trainer: P2DTrainer, heads: HeadSet | None, pool: Dataset | IterableDataset) -> P2DDataSelector:
     args = trainer.args
     return P2DDataSelector(
         trainer.model,
         trainer._tokenizer,
         heads=heads if needs_heads(args.scorer) else None,
-        target=_target(trainer, pool),
+        target=draw_target(trainer, pool),
         scorer=args.scorer,
         ratio=args.data_ratio,
         args=changed(args, chat_template_path=None),  # the trainer took it over by now
@@ -138,7 +162,7 @@ def scores_folder(args: P2DConfig) -> Path | None:
     return None if several_machines else Path(args.output_dir) / SCORES_FOLDER
 
 
-def _raw_where_another_tokenizer_reads(selector: P2DDataSelector, trainer: P2DTrainer, pool: Any) -> Any:
+def raw_where_another_tokenizer_reads(selector: P2DDataSelector, trainer: P2DTrainer, pool: Any) -> Any:
     """A selector with another model reads the rows' text, not our tokens."""
     if vocabulary(selector.engine.processing_class) == vocabulary(trainer._tokenizer):
         return pool

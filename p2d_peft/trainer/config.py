@@ -7,6 +7,7 @@ from trl import SFTConfig
 
 from ..heads.localize import LocalizeMethod
 from ..selection.selector import ScorerName
+from .measured_run import MeasuredRun
 
 
 # Optional[...] rather than X | None, and no `from __future__ import annotations`: HfArgumentParser reads the types.
@@ -17,7 +18,8 @@ class P2DConfig(SFTConfig):
 
     Parameters:
         p2d (`bool`, *optional*, defaults to `True`):
-            Whether to localize and select. `False` makes the trainer an `SFTTrainer`.
+            Whether to localize and select. `False` makes the trainer an `SFTTrainer`, which also leaves a
+            `p2d_report.json`: without a `peft_config` that is the reference for the runs with P2D.
         head_ratio (`float`, *optional*, defaults to `0.1`):
             Share of the attention heads to select, in (0, 1]. The paper takes 10 %.
         heads_per_layer (`int`, *optional*):
@@ -40,9 +42,14 @@ class P2DConfig(SFTConfig):
             there is none, so many rows drawn from `train_dataset`.
         reference_seconds (`float`, *optional*):
             Measured seconds of full-parameter SFT on the whole of `train_dataset` for the same epochs, if you have them.
+        reference_report (`str`, *optional*):
+            In place of `reference_seconds`: the file, or its folder, that such a run left. A run with `p2d=False` leaves
+            a `p2d_report.json`; the `trainer_state.json`, `train_results.json` or `all_results.json` of any transformers
+            Trainer will do, too. Its seconds per epoch are taken.
         reference_steps (`int`, *optional*, defaults to `3`):
-            Without `reference_seconds`: how many steps of full fine-tuning to time for an estimate, after one to warm
-            up. They need the memory of full fine-tuning and leave the model as it was. 0: no estimate, no AER.
+            Without `reference_seconds` and `reference_report`: how many steps of full fine-tuning to time for an
+            estimate, after one to warm up. They need the memory of full fine-tuning and leave the model as it was. 0: no
+            estimate, no AER.
     """
 
     p2d: bool = field(
@@ -97,11 +104,19 @@ class P2DConfig(SFTConfig):
             "help": "Measured seconds of full-parameter SFT on the whole of `train_dataset` for the same epochs."
         },
     )
+    reference_report: Optional[str] = field(  # noqa: UP045
+        default=None,
+        metadata={
+            "help": "In place of `reference_seconds`: the file, or its folder, that a measured run of full fine-tuning "
+            "left: the p2d_report.json of a run with `p2d=False`, or the trainer_state.json, train_results.json or "
+            "all_results.json of any transformers Trainer."
+        },
+    )
     reference_steps: int = field(
         default=3,
         metadata={
-            "help": "Without `reference_seconds`: how many steps of full fine-tuning to time for an estimate, after "
-            "one to warm up. They need the memory of full fine-tuning. 0: no estimate, no AER."
+            "help": "Without `reference_seconds` and `reference_report`: how many steps of full fine-tuning to time "
+            "for an estimate, after one to warm up. They need the memory of full fine-tuning. 0: no estimate, no AER."
         },
     )
 
@@ -120,6 +135,13 @@ class P2DConfig(SFTConfig):
             raise ValueError(f"`target_samples` must be at least 1, got {self.target_samples}.")
         if self.reference_seconds is not None and not self.reference_seconds > 0:
             raise ValueError(f"`reference_seconds` must be positive, got {self.reference_seconds}.")
+        if self.reference_report is not None:
+            if self.reference_seconds is not None:
+                raise ValueError(
+                    f"Give `reference_seconds` ({self.reference_seconds}) or `reference_report` "
+                    f"('{self.reference_report}'), not both."
+                )
+            MeasuredRun.read(self.reference_report)  # a file that will not do is told of at once
         if self.reference_steps < 0:
             raise ValueError(f"`reference_steps` must be at least 0, got {self.reference_steps}.")
         super().__post_init__()

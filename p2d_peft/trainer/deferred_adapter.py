@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftModel, get_peft_model
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from ..heads import HeadSet
 from ..tuners import HeadSparseConfig
@@ -58,8 +58,15 @@ def attach(model: Any, config: HeadSparseConfig, heads: HeadSet, args: P2DConfig
         # as in SFTTrainer: ZeRO-3 gathers all parameters into buffers of one dtype
         kwargs["autocast_adapter_dtype"] = False
     adapted: PeftModel = get_peft_model(model, config, **kwargs)
-    if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
-        # Reentrant checkpoints pass no gradient on unless their input needs one. The others do, and then the backward
-        # pass can end at the lowest chosen head, which is why SFTTrainer's way of asking for it always is not taken.
-        adapted.enable_input_require_grads()
     return adapted
+
+
+class BackwardEndsAtLowestHead(TrainerCallback):
+    """
+    Takes back what transformers does to the embeddings where it switches on activation checkpointing: it makes their output
+    need a gradient, for which each layer would be run a second time, those below the lowest chosen head as well. Only
+    reentrant checkpoints cannot do without.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.get_base_model().disable_input_require_grads()

@@ -14,7 +14,7 @@ from datasets import Dataset, IterableDataset
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from trl import SFTTrainer
 
-from ..efficiency import StageClock
+from ..efficiency import StageClock, StageCosts
 from ..heads import HeadScores, HeadSet, ModelGeometry
 from ..heads.localize import needs_weights
 from ..report import P2DReport
@@ -28,9 +28,13 @@ from .arguments import as_p2d_config, changed
 from .checks import check_attention, check_optimizer, check_sharding, check_type
 from .choosing import choose, scores_folder
 from .config import P2DConfig
-from .deferred_adapter import DeferredAdapter, attach
+from .deferred_adapter import BackwardEndsAtLowestHead, DeferredAdapter, attach
+from .estimate import estimate_run
+from .model_card import complete_model_card
 from .reference import count_tokens
 from .reporting import make_report, report_metrics
+from .run_estimate import RunEstimate
+from .saved_files import load_head_scores, save_beside_model
 from .state import P2DState
 from .tokenized import tokenized
 
@@ -113,6 +117,8 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         model = given["model"]
         args: P2DConfig = as_p2d_config(given.get("args"), model)
         given["args"] = args
+        if not args.p2d:  # what cards and tags say of a run of SFTTrainer
+            self._tag_names, self._name, self._paper = SFTTrainer._tag_names, SFTTrainer._name, SFTTrainer._paper
 
         self.wants_heads = False
         self.heads: HeadSet | None = None
@@ -193,7 +199,7 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             )
         if config is not None and known_tokens:
             if added := sorted(set(vocabulary(self._tokenizer).values()) - set(known_tokens.values())):
-                learn_tokens(config, added)
+                learn_tokens(config, added, self.model)
         if heads is None and config is not None and config.heads is not None:
             heads = config.head_set(ModelGeometry.of(self.model))
         if heads is None and is_peft_model(self.model):
@@ -243,22 +249,27 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             `ValueError`: if the checkpoint to resume from is not one of P2DTrainer's, or belongs to another pool.
         """
         if not self.args.p2d:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            self._clock.set(StageCosts())
+            if resume_from_checkpoint:  # what the steps before took is not known, so there is nothing to report
+                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            with self._clock.stage("train", tokens=self._trained_tokens):
+                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if resume_from_checkpoint:
             checkpoint = resume_from_checkpoint
             if checkpoint is True:
                 checkpoint = get_last_checkpoint(self.args.output_dir)
                 if checkpoint is None:
                     raise ValueError(f"No checkpoint to resume from was found in '{self.args.output_dir}'.")
-            state, stage_seconds = P2DState.load(checkpoint)
-            self._clock.set(stage_seconds)
+            state, costs = P2DState.load(checkpoint)
+            self._clock.set(costs)
             if self._p2d_state is None:
+                self.head_scores = load_head_scores(checkpoint)
                 self._start_from(state)
         elif self._p2d_state is None:
             self._start_from(choose(self))
         else:  # a second training is charged for itself, and again for what it builds on
-            self._clock.set({name: value for name, value in self._clock.seconds.items() if name != "train"})
-        with self._clock.stage("train"):
+            self._clock.set(self._clock.costs.without("train"))
+        with self._clock.stage("train", tokens=self._trained_tokens):
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if (folder := scores_folder(self.args)) is not None and self.is_world_process_zero():
             shutil.rmtree(folder, ignore_errors=True)
@@ -268,6 +279,22 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         # What a user wants to know along the way is no part of the method, nor of the reference.
         with self._clock.paused():
             return super().evaluate(*args, **kwargs)
+
+    def estimate(self) -> RunEstimate:
+        """
+        Forecast what `train()` will take, from a few batches: the seconds of its stages and of the reference, the AER
+        and the peak of the memory. Print what comes back; it is a table.
+
+        The model, the random numbers and the trainer stay as they were: a later `train()` does what it would have done.
+
+        Raises:
+            `ValueError`: if `p2d` is off, the heads and rows are chosen already, or `train_dataset` is a stream.
+        """
+        return estimate_run(self)
+
+    def _trained_tokens(self) -> int:
+        tokens: int = self._total_train_tokens  # SFTTrainer's count, of all processes
+        return tokens
 
     def _start_from(self, state: P2DState) -> None:
         """Put the chosen rows in the place of the pool and attach the adapter to the chosen heads."""
@@ -287,6 +314,8 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             assert state.heads is not None
             self.model = attach(self.model, self._head_sparse_config, state.heads, self.args)
             self.model_wrapped = self.model
+            if not (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+                self.add_callback(BackwardEndsAtLowestHead)
         check_optimizer(self.optimizer, self.model)
         self.train_dataset = selected
         self._p2d_state = state
@@ -298,16 +327,28 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         return token_id
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.args.p2d and "train_runtime" in logs:
+        if "train_runtime" in logs and "train" in self._clock.costs.seconds:
             # the training's own last entry: trackers and TrainOutput.metrics get the AER with it
-            assert self._p2d_state is not None
-            self.report = make_report(self, self._p2d_state, self._clock.seconds)
-            logs.update(report_metrics(self.report))
+            self.report = make_report(self, self._p2d_state, self._clock.costs_of_all())
+            if self.args.p2d:
+                logs.update(report_metrics(self.report))
             if self.is_world_process_zero():
                 self.report.save(os.path.join(self.args.output_dir, REPORT_NAME))
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self._p2d_state is not None and self.args.should_save:
-            self._p2d_state.save(Path(output_dir or self.args.output_dir), self._clock.seconds)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            if self._p2d_state is not None:
+                self._p2d_state.save(folder, self._clock.costs)
+            save_beside_model(self, folder, is_whole=state_dict is None)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write `README.md` and, of a P2D run, the head map into `output_dir`; see [`~trl.SFTTrainer`]."""
+        with self._clock.paused():
+            super().create_model_card(model_name, dataset_name, tags)
+            if self.is_world_process_zero():
+                complete_model_card(self, model_name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,11 @@ from datasets import Dataset, IterableDataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..efficiency import Reference, estimate_reference
-from ..model_state import model_device, preserved_state
+from ..model_state import model_device, model_id, preserved_state
 from ..selection.pool import dataset_of
+from ..step_times import MakeOptimizer, TrainingLoss
 from .config import P2DConfig
+from .measured_run import MeasuredRun
 
 
 if TYPE_CHECKING:
@@ -23,60 +26,147 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+# An estimate that is less sure than this is told of.
+WIDE = 0.1
+
+
+def check_reference(trainer: P2DTrainer, pool_rows: int | None) -> None:
+    """
+    Check the report that the user gave, before the expensive part.
+
+    Args:
+        trainer (`P2DTrainer`): The trainer.
+        pool_rows (`int`, *optional*): Rows of the pool, as far as they are known.
+
+    Raises:
+        `ValueError`: if the report is of another pool, or cannot be a reference at all (see [`MeasuredRun.read`]).
+    """
+    args: P2DConfig = trainer.args
+    if args.reference_report is None:
+        return
+    run = MeasuredRun.read(args.reference_report)
+    is_exact = run.pool_rows is not None and not run.pool_rows_error
+    if is_exact and not args.packing and pool_rows not in (None, run.pool_rows):  # packed rows are other rows
+        raise ValueError(
+            f"`reference_report`='{run.path}' is of a run on {run.pool_rows} rows, but `train_dataset` has {pool_rows}; "
+            "the reference is full fine-tuning on the same rows."
+        )
+
+
 def find_reference(
     trainer: P2DTrainer, pool: Dataset | IterableDataset, pool_rows: int | None, pool_tokens: int | None
 ) -> Reference | None:
     """
-    The reference as the user gave it, or estimated from a few steps if that is wanted and possible. It is no stage of
-    the method and charged to none.
+    The reference as the user gave it, in seconds or as the report of a run, or estimated from a few steps if that is
+    wanted and possible. It is no stage of the method and charged to none.
 
     Args:
         trainer (`P2DTrainer`): A trainer before its adapter is attached; its model, flags and random numbers stay.
         pool (`Dataset` or `IterableDataset`): The whole tokenized pool.
         pool_rows (`int`, *optional*): Its rows. Where they are unknown, nothing can be estimated.
         pool_tokens (`int`, *optional*): Its tokens.
+
+    Raises:
+        `ValueError`: as [`check_reference`] does.
     """
     args: P2DConfig = trainer.args
     if args.reference_seconds is not None:
         return Reference(args.reference_seconds / args.num_train_epochs, "given")
+    if args.reference_report is not None:
+        return _measured(trainer, pool_rows)
     if args.reference_steps == 0 or pool_rows is None or pool_tokens is None:
         return None
-    model, size = trainer.model, args.per_device_train_batch_size
-    device = model_device(model)
-    count = min(pool_rows, (args.reference_steps + 1) * size)
-    if isinstance(pool, IterableDataset):
-        drawn = dataset_of(list(pool.take(count)), pool)
-    else:
-        drawn = pool.shuffle(seed=args.seed).select(range(count))
-    batches = [
-        {key: value.to(device) for key, value in batch.items()}
-        for batch in training_batches(drawn, size, trainer.pad_token_id)
-    ]
-    optimizer_class, optimizer_kwargs = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(args)
+    return _estimated(trainer, pool, pool_rows, pool_tokens)
 
-    def training_loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        with trainer.accelerator.autocast():
-            loss: torch.Tensor = model(**batch, use_cache=False, fused_lm_head=True).loss
-        return loss
 
+def _measured(trainer: P2DTrainer, pool_rows: int | None) -> Reference:
+    check_reference(trainer, pool_rows)
+    args = trainer.args
+    assert args.reference_report is not None
+    run = MeasuredRun.read(args.reference_report)
+    here = {"model": model_id(trainer.model), "device": args.device.type, "processes": args.world_size}
+    for name, value in here.items():
+        theirs = getattr(run, name)
+        if None not in (theirs, value) and theirs != value:
+            logger.warning(
+                "The AER may mislead: `reference_report`='%s' is of a run with %s %r, this one has %r.",
+                run.path,
+                name,
+                theirs,
+                value,
+            )
+    if run.pool_rows is not None and pool_rows is not None and not args.packing:
+        # the last batch of an epoch may be filled up
+        slack = 0.05 * pool_rows + effective_batch_size(args) + run.pool_rows_error
+        if abs(run.pool_rows - pool_rows) > slack:
+            logger.warning(
+                "The AER may mislead: by its speed, the run of `reference_report`='%s' took about %.0f rows an epoch, "
+                "but `train_dataset` has %d.",
+                run.path,
+                run.pool_rows,
+                pool_rows,
+            )
+    return Reference(run.seconds_per_epoch, "measured")
+
+
+def _estimated(
+    trainer: P2DTrainer, pool: Dataset | IterableDataset, pool_rows: int, pool_tokens: int
+) -> Reference | None:
+    args, model = trainer.args, trainer.model
+    size = args.per_device_train_batch_size
+    drawn = random_rows(trainer, pool, (args.reference_steps + 1) * size, pool_rows, pool_tokens)
     try:
-        with preserved_state(model), _checkpointing_as_in_training(model, args):
-            model.train()
-            return estimate_reference(
+        with training_mode(trainer) as (training_loss, make_optimizer):
+            reference = estimate_reference(
                 model,
-                batches,
+                training_batches(drawn, size, trainer.pad_token_id),
                 training_loss,
-                lambda parameters: optimizer_class(parameters, **optimizer_kwargs),
-                pool_tokens=pool_tokens,
-                steps_per_epoch=max(1, round(pool_rows / (size * args.gradient_accumulation_steps))),
+                make_optimizer,
+                pool_tokens=pool_tokens / args.world_size,
+                steps_per_epoch=steps_of_an_epoch(args, pool_rows, pool_tokens),
             )
     except (ValueError, torch.OutOfMemoryError) as error:
         logger.warning(
-            "The reference could not be estimated, so there will be no AER: %s Pass `reference_seconds` if you have "
-            "measured it, or `reference_steps=0` to go without.",
+            "The reference could not be estimated, so there will be no AER: %s Pass `reference_seconds` or "
+            "`reference_report` if you have measured it, or `reference_steps=0` to go without.",
             error,
         )
         return None
+    if reference.relative_error is not None and reference.relative_error > WIDE:
+        logger.warning(
+            "The reference is an estimate with a standard error of %.0f %%, and so is the AER: the %d timed steps took "
+            "times that differ much. Raise `reference_steps`, or measure it: run with `p2d=False` and pass what that "
+            "leaves as `reference_report`.",
+            100 * reference.relative_error,
+            args.reference_steps,
+        )
+    return reference
+
+
+@contextmanager
+def training_mode(trainer: P2DTrainer) -> Iterator[tuple[TrainingLoss, MakeOptimizer]]:
+    """
+    Context in which the model is as it will be in training; flags and random numbers are put back afterwards.
+
+    Args:
+        trainer (`P2DTrainer`): The trainer.
+
+    Yields:
+        `tuple[Callable, Callable]`: from a batch to the loss, and from parameters to their optimizer.
+    """
+    args, model = trainer.args, trainer.model
+    device = model_device(model)
+    optimizer_class, optimizer_kwargs = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(args)
+
+    def training_loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        on_device = {key: value.to(device) for key, value in batch.items()}
+        with trainer.accelerator.autocast():
+            loss: torch.Tensor = model(**on_device, use_cache=False, fused_lm_head=True).loss
+        return loss
+
+    with preserved_state(model), _checkpointing_as_in_training(model, args):
+        model.train()
+        yield training_loss, lambda parameters: optimizer_class(parameters, **optimizer_kwargs)
 
 
 @contextmanager
@@ -92,6 +182,39 @@ def _checkpointing_as_in_training(model: Any, args: P2DConfig) -> Iterator[None]
         yield
     finally:
         model.activation_checkpointing_disable()
+        model.disable_input_require_grads()  # enabled along with it, and left on
+
+
+def effective_batch_size(args: P2DConfig) -> int:
+    """Rows of an optimizer step, in all processes together."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def steps_of_an_epoch(args: P2DConfig, n_rows: int, n_tokens: float) -> int:
+    """Optimizer steps of an epoch over so many rows with so many tokens."""
+    if args.packing:
+        assert args.max_length is not None  # as SFTTrainer demands
+        n_rows = math.ceil(n_tokens / args.max_length)
+    return math.ceil(n_rows / effective_batch_size(args))
+
+
+def random_rows(
+    trainer: P2DTrainer, pool: Dataset | IterableDataset, count: int, pool_rows: int, pool_tokens: int
+) -> Dataset:
+    """
+    So many rows, or less if there are not so many, as the training would take them: drawn from a pool (of a stream, its
+    first ones), and packed.
+    """
+    args = trainer.args
+    needed = math.ceil(count * args.max_length / pool_tokens * pool_rows) if args.packing else count
+    needed = min(needed, pool_rows)
+    if isinstance(pool, IterableDataset):
+        drawn = dataset_of(list(pool.take(needed)), pool)
+    else:
+        drawn = pool.shuffle(seed=args.seed).select(range(needed))
+    if args.packing:
+        drawn = trainer._prepare_dataset(drawn, trainer.processing_class, args, True, None, "drawn")
+    return drawn.select(range(min(len(drawn), count)))
 
 
 def training_batches(dataset: Dataset, size: int, pad_token_id: int) -> list[dict[str, torch.Tensor]]:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..efficiency import alignment_efficiency_ratio
+from datasets import Dataset
+
+from ..efficiency import StageCosts, alignment_efficiency_ratio
 from ..heads import ModelGeometry
+from ..memory import memory_kind
 from ..model_state import model_id
 from ..report import P2DReport
+from .reference import count_tokens
 from .state import P2DState
 
 
@@ -15,23 +19,29 @@ if TYPE_CHECKING:
     from .p2d_trainer import P2DTrainer
 
 
-def make_report(trainer: P2DTrainer, state: P2DState, stage_seconds: dict[str, float]) -> P2DReport:
+def make_report(trainer: P2DTrainer, state: P2DState | None, costs: StageCosts) -> P2DReport:
     """
     The record of a training run.
 
     Args:
         trainer (`P2DTrainer`): The trainer at the end of its training.
-        state (`P2DState`): The choices it was made with.
-        stage_seconds (`dict[str, float]`): Seconds of the stages.
+        state (`P2DState`, *optional*): The choices it was made with; None for a training on all rows, without P2D.
+        costs (`StageCosts`): What the stages cost.
     """
     epochs = float(trainer.state.epoch or 0.0)
-    reference = state.reference
+    reference = state.reference if state is not None else None
     reference_seconds = reference.seconds_per_epoch * epochs if reference is not None and epochs > 0 else None
-    aer = None if reference_seconds is None else alignment_efficiency_ratio(stage_seconds, reference_seconds)
+    aer = None if reference_seconds is None else alignment_efficiency_ratio(costs.seconds, reference_seconds)
     model = trainer.accelerator.unwrap_model(trainer.model)
     parameters = list(model.parameters())
+    pool_rows, pool_tokens = _size_of_all(trainer) if state is None else (state.pool_rows, state.pool_tokens)
     return P2DReport(
-        stage_seconds=stage_seconds,
+        stage_seconds=costs.seconds,
+        stage_tokens=costs.tokens,
+        stage_peak_memory=costs.peak_memory,
+        peak_memory_kind=memory_kind(),
+        device=trainer.args.device.type,
+        processes=trainer.args.world_size,
         epochs=epochs,
         reference_seconds=reference_seconds,
         reference_source=reference.source if reference is not None else None,
@@ -40,27 +50,47 @@ def make_report(trainer: P2DTrainer, state: P2DState, stage_seconds: dict[str, f
         speedup=None if aer is None else 1 / aer,
         model=model_id(model),
         seed=trainer.args.seed,
-        n_heads=len(ModelGeometry.of(model).heads),
-        heads=state.heads.to_dict()["heads"] if state.heads is not None else None,
-        localize_method=state.localize_method,
-        pool_rows=state.pool_rows,
-        pool_tokens=state.pool_tokens,
-        selected_rows=state.pool_rows if state.rows is None else len(state.rows),
-        selected_tokens=state.selected_tokens,
-        scorer=state.scorer,
+        # where none was needed, it may be a model whose heads are not known
+        n_heads=None if state is None or state.heads is None else len(ModelGeometry.of(model).heads),
+        heads=state.heads.to_dict()["heads"] if state is not None and state.heads is not None else None,
+        localize_method=None if state is None else state.localize_method,
+        pool_rows=pool_rows,
+        pool_tokens=pool_tokens,
+        selected_rows=pool_rows if state is None or state.rows is None else len(state.rows),
+        selected_tokens=pool_tokens if state is None else state.selected_tokens,
+        scorer=None if state is None else state.scorer,
         trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         total_parameters=sum(p.numel() for p in parameters),
     )
 
 
+def _size_of_all(trainer: P2DTrainer) -> tuple[int | None, int | None]:
+    """Rows and tokens of the whole dataset, as far as it tells: a stream has no length, and packed rows are others."""
+    pool = trainer.train_dataset
+    if not isinstance(pool, Dataset):
+        return None, None
+    n_tokens = count_tokens(pool) if "input_ids" in pool.column_names else None
+    return None if trainer.args.packing else len(pool), n_tokens
+
+
 def report_metrics(report: P2DReport) -> dict[str, float]:
     """What of a report goes into the final metrics, with the Trainer's prefix `train_`."""
-    metrics: dict[str, float] = {f"train_p2d_{stage}_seconds": value for stage, value in report.stage_seconds.items()}
-    if report.aer is not None and report.speedup is not None and report.reference_seconds is not None:
-        metrics["train_p2d_reference_seconds"] = report.reference_seconds
-        metrics["train_p2d_aer"] = report.aer
-        metrics["train_p2d_speedup"] = report.speedup
-    if report.selected_rows is not None and report.selected_tokens is not None:
-        metrics["train_p2d_selected_rows"] = report.selected_rows
-        metrics["train_p2d_selected_tokens"] = report.selected_tokens
-    return metrics
+    metrics: dict[str, float | None] = {
+        f"{stage}_{name}": value
+        for name, by_stage in (
+            ("seconds", report.stage_seconds),
+            ("tokens", report.stage_tokens),
+            ("peak_memory_bytes", report.stage_peak_memory),
+        )
+        for stage, value in by_stage.items()
+    }
+    for name in (
+        "reference_seconds",
+        "reference_relative_error",
+        "aer",
+        "speedup",
+        "selected_rows",
+        "selected_tokens",
+    ):
+        metrics[name] = getattr(report, name)
+    return {f"train_p2d_{name}": value for name, value in metrics.items() if value is not None}

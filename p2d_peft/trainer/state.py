@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..efficiency import Reference
+from ..efficiency import Reference, StageCosts
 from ..files import read_json, write_json
 from ..heads import HeadSet
 
@@ -43,19 +43,19 @@ class P2DState:
     selected_tokens: int | None = None
     reference: Reference | None = None
 
-    def save(self, folder: str | Path, stage_seconds: Mapping[str, float]) -> None:
-        """Write the state and the seconds of the stages so far into a checkpoint's folder."""
+    def save(self, folder: str | Path, costs: StageCosts) -> None:
+        """Write the state and the costs of the stages so far into a checkpoint's folder."""
         data = {
             "format": _FORMAT,
             **vars(self),
             "heads": self.heads and self.heads.to_dict(),
             "reference": self.reference and asdict(self.reference),
-            "stage_seconds": dict(stage_seconds),
+            **{f"stage_{name}": values for name, values in vars(costs).items()},
         }
         write_json(Path(folder) / STATE_NAME, data)
 
     @classmethod
-    def load(cls, folder: str | Path) -> tuple[P2DState, dict[str, float]]:
+    def load(cls, folder: str | Path) -> tuple[P2DState, StageCosts]:
         """
         Read what [`P2DState.save`] wrote.
 
@@ -71,7 +71,10 @@ class P2DState:
         data: Any = read_json(path)
         if not isinstance(data, Mapping) or data.get("format") != _FORMAT:
             raise ValueError(f"'{path}' is not the state of a P2D run.")
-        fields = {key: value for key, value in data.items() if key not in ("format", "stage_seconds")}
-        fields["heads"] = None if fields["heads"] is None else HeadSet.from_dict(fields["heads"])
-        fields["reference"] = None if fields["reference"] is None else Reference(**fields["reference"])
-        return cls(**fields), dict(data["stage_seconds"])
+        names = {entry.name for entry in fields(cls)}
+        values = {name: value for name, value in data.items() if name in names}
+        values["heads"] = None if values["heads"] is None else HeadSet.from_dict(values["heads"])
+        values["reference"] = None if values["reference"] is None else Reference(**values["reference"])
+        # checkpoints of earlier versions have the seconds alone
+        costs = {entry.name: data.get(f"stage_{entry.name}", {}) for entry in fields(StageCosts)}
+        return cls(**values), StageCosts(**costs)

@@ -6,6 +6,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from p2d_peft import HeadSet, HeadSparseConfig
 from p2d_peft.heads import AttentionLayout, ModelGeometry, layouts, register_attention_layout
 
 from ..tiny_models import LAYOUTS, tiny_model
@@ -248,3 +249,30 @@ def test_needs_no_weights():
     with torch.device("meta"):
         empty = type(model)(model.config)
     assert ModelGeometry.of(empty) == ModelGeometry.of(model)
+
+
+def vision_language_model():
+    """A tiny Qwen2.5-VL."""
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 100}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1]}
+    vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 4, "out_hidden_size": 16}
+    tokens = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def test_beside_a_language_model_other_towers_are_left_out():
+    model = vision_language_model()
+    names = ["model.language_model.layers.0.self_attn", "model.language_model.layers.1.self_attn"]
+    assert [attention.name for attention in ModelGeometry.of(model).values()] == names
+    adapted = get_peft_model(model, HeadSparseConfig(heads=HeadSet([(1, 2)])))
+    assert [attention.name for attention in ModelGeometry.of(adapted).values()] == [
+        f"base_model.model.{name}" for name in names
+    ]
+
+
+def test_where_both_towers_are_the_model_none_is_chosen():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(ValueError, match="cannot be told apart"):
+        ModelGeometry.of(transformers.CLIPModel(transformers.CLIPConfig(text_config=sizes, vision_config=sizes)))

@@ -9,6 +9,11 @@ from p2d_peft.report import P2DReport
 def report(**changes):
     values = {
         "stage_seconds": {"localize": 1.0, "train": 2.0},
+        "stage_tokens": {"localize": 100, "train": 270},
+        "stage_peak_memory": {"localize": 10**9, "train": 2 * 10**9},
+        "peak_memory_kind": "accelerator",
+        "device": "cuda",
+        "processes": 2,
         "epochs": 3.0,
         "reference_seconds": 30.0,
         "reference_source": "estimated",
@@ -35,7 +40,7 @@ def test_round_trip(tmp_path):
     report().save(tmp_path / "p2d_report.json")
     assert P2DReport.load(tmp_path / "p2d_report.json") == report()
     data = json.loads((tmp_path / "p2d_report.json").read_text())
-    assert data["schema"] == 1 and set(data["versions"]) >= {"python", "torch", "peft", "trl"}
+    assert data["schema"] == 2 and set(data["versions"]) >= {"python", "torch", "peft", "trl"}
     assert {field.name for field in dataclasses.fields(P2DReport)} == set(data) - {"format", "schema"}
 
 
@@ -47,8 +52,23 @@ def test_a_report_without_a_reference_round_trips(tmp_path):
     assert P2DReport.load(tmp_path / "r.json") == without
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"format": "p2d_peft.P2DReport", "schema": 99}'])
+def test_a_report_of_schema_1_lacks_tokens_and_memory(tmp_path):
+    report().save(tmp_path / "r.json")
+    data = json.loads((tmp_path / "r.json").read_text())
+    new = ("stage_tokens", "stage_peak_memory", "peak_memory_kind", "device", "processes")
+    (tmp_path / "r.json").write_text(json.dumps({**{k: v for k, v in data.items() if k not in new}, "schema": 1}))
+    lacking = {"stage_tokens": {}, "stage_peak_memory": {}}
+    assert P2DReport.load(tmp_path / "r.json") == report(**{**dict.fromkeys(new), **lacking})
+
+
+@pytest.mark.parametrize("content", ["[]", "{}"])
 def test_what_is_no_report_is_refused(content, tmp_path):
     (tmp_path / "r.json").write_text(content)
-    with pytest.raises(ValueError, match=r"r\.json' is not a P2D report of schema 1"):
+    with pytest.raises(ValueError, match=r"r\.json' is not a P2D report"):
+        P2DReport.load(tmp_path / "r.json")
+
+
+def test_a_schema_to_come_is_refused(tmp_path):
+    (tmp_path / "r.json").write_text('{"format": "p2d_peft.P2DReport", "schema": 99}')
+    with pytest.raises(ValueError, match="of schema 99, but this version of p2d_peft reads 1 to 2"):
         P2DReport.load(tmp_path / "r.json")

@@ -40,9 +40,17 @@ def test_works_with_trl_parser_flags_yaml_and_help(tmp_path, capsys):
         ("scorer", "magic", "`scorer` must be one of .*'affinity'.*got 'magic'"),
         ("target_samples", 0, "`target_samples` must be at least 1, got 0"),
         ("reference_seconds", 0.0, r"`reference_seconds` must be positive, got 0\.0"),
+        ("reference_report", "gone", "`reference_report`='gone' does not exist"),
         ("reference_steps", -1, "`reference_steps` must be at least 0, got -1"),
     ],
 )
 def test_bad_fields_are_named(field, value, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         P2DConfig(str(tmp_path), bf16=False, **{field: value})
+
+
+def test_the_reference_is_given_once(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"Give `reference_seconds` \(9\.0\) or `reference_report` \('run'\), not both"
+    ):
+        P2DConfig(str(tmp_path), bf16=False, reference_seconds=9.0, reference_report="run")

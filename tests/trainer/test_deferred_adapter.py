@@ -1,8 +1,12 @@
+from collections import Counter
+
+import pytest
+
 from p2d_peft import HeadSet, HeadSparseConfig
 from p2d_peft.trainer.deferred_adapter import attach
 
 from ..tiny_models import tiny_model
-from .test_p2d_trainer import config
+from .test_p2d_trainer import config, trainer
 
 
 def test_attaching_leaves_the_users_config_as_it_is(tmp_path):
@@ -15,7 +19,15 @@ def test_attaching_leaves_the_users_config_as_it_is(tmp_path):
     assert not model.get_input_embeddings()._forward_hooks  # the backward pass ends at layer 1
 
 
-def test_reentrant_checkpoints_get_an_input_that_needs_a_gradient(tmp_path):
-    args = config(tmp_path, activation_checkpointing_kwargs={"use_reentrant": True})
-    model = attach(tiny_model(), HeadSparseConfig(), HeadSet([(1, 2)]), args)
-    assert model.get_input_embeddings()._forward_hooks
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_with_checkpoints_the_backward_pass_ends_at_the_lowest_head(use_reentrant, tmp_path):
+    changes = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+    run = trainer(tmp_path, heads=HeadSet([(1, 2)]), changes={**changes, "data_ratio": 1.0, "max_steps": 1})
+    passes = Counter()
+    for index, layer in enumerate(run.model.model.layers):
+        layer.self_attn.register_forward_pre_hook(lambda *_, index=index: passes.update([index]))
+    run.train_dataset = run.train_dataset.select(range(4))
+    run.args.reference_steps = 0
+    run.train()
+    # a layer with a backward pass is run a second time for it
+    assert passes == {0: 2 if use_reentrant else 1, 1: 2, 2: 2}

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -136,6 +136,16 @@ class TestSelector:
         assert run.train_dataset["prompt"][:] == expected
 
 
+def test_a_prompt_is_learnt_on_rows_that_were_scored_without_it(tmp_path):
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    run = trainer(tmp_path, peft_config=prompt, changes={"max_steps": 1})
+    run.train()
+    before = trainer(tmp_path, peft_config=LoraConfig(target_modules=["q_proj"]), changes={"max_steps": 1})
+    before.train()  # an adapter that begins as nothing scores as the model does
+    assert run.heads == before.heads and run.train_dataset["input_ids"][:] == before.train_dataset["input_ids"][:]
+    assert run.report.reference_seconds > 0
+
+
 def test_tokens_of_a_cloned_chat_template_are_learnt(tmp_path):
     source = tiny_tokenizer()
     source.add_tokens(["<|new|>"], special_tokens=True)
@@ -149,7 +159,7 @@ def test_tokens_of_a_cloned_chat_template_are_learnt(tmp_path):
     assert any("trainable_tokens" in name for name, p in run.model.named_parameters() if p.requires_grad)
 
 
-def test_scores_of_a_run_that_died_are_used_and_then_removed(tmp_path, monkeypatch):
+def test_scores_of_a_run_that_died_are_used_and_then_removed(tmp_path, monkeypatch, caplog):
     folder = tmp_path / choosing.SCORES_FOLDER
     died = trainer(tmp_path, changes={"max_steps": 1})
     monkeypatch.setattr(choosing, "find_reference", lambda *_: 1 / 0)
@@ -160,10 +170,12 @@ def test_scores_of_a_run_that_died_are_used_and_then_removed(tmp_path, monkeypat
     again = trainer(tmp_path, changes={"max_steps": 1})
     again.train()
     assert again.selector.report.n_resumed == 32 and not folder.exists()
+    warning = "The AER is too low: the scores of 32 of 32 rows are those of a run that was stopped"
+    assert caplog.text.count(warning) == 1
     fresh = trainer(tmp_path / "fresh", changes={"max_steps": 1})
     fresh.train()
     assert again.train_dataset.to_list() == fresh.train_dataset.to_list()
-    assert fresh.selector.report.n_resumed == 0
+    assert fresh.selector.report.n_resumed == 0 and caplog.text.count(warning) == 1
 
 
 def test_the_optimizer_holds_the_trained_weights_and_no_others(tmp_path):

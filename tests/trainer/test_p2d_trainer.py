@@ -89,6 +89,7 @@ def test_trains_the_chosen_heads_on_the_chosen_rows_and_nothing_else(name, tmp_p
 
 def test_the_final_metrics_and_the_report_carry_the_aer(tmp_path):
     run = trainer(tmp_path)
+    all_rows = run.train_dataset
     output = run.train()
     report = P2DReport.load(tmp_path / "p2d_report.json")
     assert report == run.report
@@ -100,6 +101,15 @@ def test_the_final_metrics_and_the_report_carry_the_aer(tmp_path):
     assert report.heads == {str(layer): heads for layer, heads in run.heads.by_layer().items()}
     assert report.selected_tokens == sum(map(len, run.train_dataset["input_ids"]))
     assert report.trainable_parameters == sum(delta.numel() for delta in deltas(run.model).values())
+    # one pass over the target's samples, and, for affinity, one over them and over the pool
+    pool, target = (sum(map(len, data["input_ids"])) for data in (all_rows, run.target_dataset))
+    tokens = {"localize": target, "select": target + pool, "train": 2 * report.selected_tokens}
+    assert report.stage_tokens == tokens and report.pool_tokens == pool
+    assert set(report.stage_peak_memory) == set(tokens) and min(report.stage_peak_memory.values()) > 1e6
+    assert (report.peak_memory_kind, report.device, report.processes) == ("process", "cpu", 1)
+    assert output.metrics["train_p2d_select_tokens"] == report.stage_tokens["select"]
+    assert output.metrics["train_p2d_train_peak_memory_bytes"] == report.stage_peak_memory["train"]
+    assert "train_p2d_reference_relative_error" not in output.metrics  # of one step there is none
     assert output.metrics["train_p2d_aer"] == report.aer == run.state.log_history[-1]["train_p2d_aer"]
     # one training, seen from outside: 16 rows, 4 a step, 2 epochs, and its own last entry
     assert [entry["step"] for entry in run.state.log_history] == [1, 2, 3, 4, 5, 6, 7, 8, 8]
@@ -114,8 +124,11 @@ def test_the_reference_may_be_given_or_left_out(tmp_path):
     assert run.report.aer is None and "train_p2d_aer" not in metrics and "train_p2d_train_seconds" in metrics
 
 
-def test_evaluation_is_not_charged(tmp_path, monkeypatch):
-    run = trainer(tmp_path, changes={"eval_strategy": "epoch"}, eval_dataset=prompt_completion(6, seed=2))
+@pytest.mark.parametrize("several", [False, True])
+def test_evaluation_is_not_charged(several, tmp_path, monkeypatch):
+    eval_dataset = prompt_completion(6, seed=2)
+    eval_dataset = {"a": eval_dataset, "b": eval_dataset} if several else eval_dataset
+    run = trainer(tmp_path, changes={"eval_strategy": "epoch"}, eval_dataset=eval_dataset)
     evaluate, waited = SFTTrainer.evaluate, 5.0
     real_time, extra = time.perf_counter, []
 
@@ -126,7 +139,7 @@ def test_evaluation_is_not_charged(tmp_path, monkeypatch):
     monkeypatch.setattr(SFTTrainer, "evaluate", slow_evaluate)
     monkeypatch.setattr(efficiency.time, "perf_counter", lambda: real_time() + sum(extra))
     metrics = run.train().metrics
-    assert len(extra) == 2
+    assert len(extra) == (6 if several else 2)
     assert 0 < metrics["train_p2d_train_seconds"] < waited
 
 
@@ -175,7 +188,9 @@ def test_resuming_equals_an_uninterrupted_run_and_chooses_nothing_again(tmp_path
     state = json.loads((tmp_path / "checkpoint-3" / "p2d_state.json").read_text())
     for stage in ("localize", "select"):
         assert resumed.report.stage_seconds[stage] == state["stage_seconds"][stage]
+        assert resumed.report.stage_tokens[stage] == whole.report.stage_tokens[stage]
     assert resumed.report.stage_seconds["train"] > state["stage_seconds"]["train"] > 0
+    assert resumed.report.stage_tokens == whole.report.stage_tokens
     assert resumed.report.reference_seconds == whole.report.reference_seconds
 
     latest = trainer(tmp_path, changes=changes)
@@ -206,6 +221,7 @@ def test_a_second_training_goes_on_with_the_same_rows_and_weights(tmp_path, monk
     assert any(not torch.equal(before[name], delta) for name, delta in deltas(run.model).items())
     assert run.report.stage_seconds["localize"] == first.stage_seconds["localize"]
     assert run.report.epochs == 2
+    assert run.report.stage_tokens == first.stage_tokens
 
 
 def test_switched_off_it_is_sft_trainer_step_for_step(tmp_path):
@@ -222,7 +238,46 @@ def test_switched_off_it_is_sft_trainer_step_for_step(tmp_path):
     ours, theirs = ([[entry.get(key) for key in keys] for entry in t.state.log_history[:-1]] for t in (run, plain))
     assert ours == theirs and len(ours) == 16
     assert_same_weights(dict(run.model.named_parameters()), dict(plain.model.named_parameters()))
-    assert not (tmp_path / "p2d_report.json").exists()
+    assert set(run.state.log_history[-1]) == set(plain.state.log_history[-1])
+
+
+def test_a_run_without_p2d_is_a_reference_for_those_with_it(tmp_path):
+    plain = trainer(tmp_path / "full", changes={"p2d": False, "save_strategy": "epoch"})
+    plain.train()
+    full = P2DReport.load(tmp_path / "full" / "p2d_report.json")
+    assert full == plain.report
+    assert (full.scorer, full.heads, full.aer, full.reference_seconds) == (None, None, None, None)
+    assert set(full.stage_seconds) == set(full.stage_tokens) == set(full.stage_peak_memory) == {"train"}
+    assert (full.pool_rows, full.selected_rows, full.epochs) == (32, 32, 2)
+    assert full.stage_tokens["train"] == 2 * full.pool_tokens
+    assert full.trainable_parameters == full.total_parameters
+
+    run = trainer(tmp_path / "p2d", changes={"reference_report": str(tmp_path / "full"), "num_train_epochs": 4})
+    metrics = run.train().metrics
+    assert run.report.reference_source == "measured"
+    assert metrics["train_p2d_reference_seconds"] == pytest.approx(2 * full.stage_seconds["train"])
+    assert run.report.aer == pytest.approx(sum(run.report.stage_seconds.values()) / 2 / full.stage_seconds["train"])
+
+    # what the steps before the checkpoint took is not known
+    (tmp_path / "full" / "p2d_report.json").unlink()
+    resumed = trainer(tmp_path / "full", changes={"p2d": False})
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.report is None and not (tmp_path / "full" / "p2d_report.json").exists()
+
+
+def test_a_run_without_p2d_takes_models_and_data_that_p2d_does_not(tmp_path):
+    config_ = transformers.PersimmonConfig(
+        vocab_size=96, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    run = trainer(
+        tmp_path,
+        transformers.AutoModelForCausalLM.from_config(config_),
+        pool=text(8).to_iterable_dataset(),
+        changes={"p2d": False, "max_steps": 1},
+    )
+    run.train()
+    assert (run.report.pool_rows, run.report.pool_tokens, run.report.n_heads) == (None, None, None)
+    assert run.report.stage_tokens["train"] > 0
 
 
 def test_rows_are_chosen_as_samples_and_packed_afterwards(tmp_path):
@@ -376,6 +431,14 @@ class _FailingOptimizer(torch.optim.SGD):
     def step(self, closure=None):
         super().step(closure)
         raise RuntimeError("boom")
+
+
+def test_a_reference_of_another_pool_is_told_of_before_any_stage(tmp_path, monkeypatch):
+    trainer(tmp_path / "full", pool=prompt_completion(20), changes={"p2d": False, "max_steps": 1}).train()
+    run = trainer(tmp_path, changes={"reference_report": str(tmp_path / "full")})
+    monkeypatch.setattr(choosing, "localize_heads", None)
+    with pytest.raises(ValueError, match="is of a run on 20 rows, but `train_dataset` has 32"):
+        run.train()
 
 
 def test_a_reference_that_does_not_fit_is_reported_and_left_out(tmp_path, monkeypatch, caplog):

@@ -52,6 +52,7 @@ def main(folder: str, batch_size: int, failing_rank: str | None = None) -> dict:
         "rows": trainer._p2d_state.rows,
         "scores": trainer._p2d_state.scores,
         "stages": sorted(trainer.report.stage_seconds),
+        "trained_tokens": trainer.report.stage_tokens["train"],
     }
     Path(folder, f"rank{rank}.json").write_text(json.dumps({**result, "processes": trainer.accelerator.num_processes}))
     return result

@@ -1,0 +1,28 @@
+from types import SimpleNamespace
+
+import pytest
+
+from p2d_peft import HeadSparseConfig
+from p2d_peft.trainer.added_tokens import brings_tokens, learn_tokens
+
+from ..tiny_models import LAYOUTS, tiny_model
+
+
+MODELS = {"llama": tiny_model, "gpt-neox": LAYOUTS["gpt-neox"].model}
+
+
+@pytest.mark.parametrize(
+    ("name", "embeddings", "head"), [("llama", "embed_tokens", "lm_head"), ("gpt-neox", "embed_in", "lm_head")]
+)
+def test_the_model_says_what_its_embeddings_are_called(name, embeddings, head):
+    config, model = HeadSparseConfig(trainable_token_indices=[3]), MODELS[name]()
+    learn_tokens(config, [7, 8], model)
+    assert config.trainable_token_indices == {embeddings: [3, 7, 8]} and config.modules_to_save == [head]
+    learn_tokens(config, [9], model)
+    assert config.trainable_token_indices == {embeddings: [3, 7, 8, 9]} and config.modules_to_save == [head]
+
+
+def test_a_template_file_brings_no_tokens(tmp_path):
+    (tmp_path / "chat.jinja").write_text("")
+    for path, brings in ((None, False), (tmp_path / "chat.jinja", False), (tmp_path, True), ("org/name", True)):
+        assert brings_tokens(SimpleNamespace(chat_template_path=path and str(path))) is brings
