@@ -158,7 +158,7 @@ def _replace_constants(tree: ast.AST, replacements: dict[Any, Any]) -> None:
 
 def only_heads_changed(trainer: trl.SFTTrainer, before: dict[str, torch.Tensor]) -> bool:
     """
-    What "all weights have changed" means for an adapter of P2DTrainer's own: all of the adapter's have, and none else.
+    What "all weights have changed" means for an adapter of P2DTrainer's own: all of the adapter's have, and no other.
 
     Args:
         trainer (`SFTTrainer`): A trainer after its training.
@@ -170,23 +170,41 @@ def only_heads_changed(trainer: trl.SFTTrainer, before: dict[str, torch.Tensor])
     model = trainer.model
     if not isinstance(model, peft.PeftModel) or not isinstance(model.active_peft_config, HeadSparseConfig):
         return False
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parameters = dict(model.named_parameters())
+    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
     assert trained, "Nothing was trained."
     for name, parameter in trained.items():
-        assert "head_sparse_" in name, f"{name} was trained."
-        assert parameter.count_nonzero() > 0, f"{name} has not changed."  # they start at zero
-    after = {_base_name(name): parameter for name, parameter in model.named_parameters() if "head_sparse_" not in name}
+        assert not torch.equal(parameter, _start(model, name)), f"{name} has not changed."
+    after = {_base_name(name): parameter for name, parameter in parameters.items() if not _is_adapters(name)}
     unseen = set(after)
     for name, parameter in before.items():
-        if "head_sparse_" not in name:
+        if not _is_adapters(name):
             assert torch.equal(after[_base_name(name)], parameter), f"{name} has changed."
             unseen.remove(_base_name(name))
     assert not unseen, f"{unseen} were not there before."
     return True
 
 
+def _is_adapters(name: str) -> bool:
+    return any(part in name for part in ("head_sparse_", ".modules_to_save.", ".trainable_tokens_"))
+
+
 def _base_name(name: str) -> str:
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    name = name.removeprefix("base_model.model.").replace(".token_adapter.", ".")
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def _start(model: peft.PeftModel, name: str) -> torch.Tensor:
+    """What a trained weight was before: zeros for a head's, and what was there for the tokens of a cloned chat template."""
+    assert _is_adapters(name), f"{name} was trained."
+    place, _, rest = name.partition(".modules_to_save.")
+    if rest:
+        return model.get_submodule(place).original_module.get_parameter(rest.partition(".")[2])
+    place, _, adapter = name.partition(".trainable_tokens_delta.")
+    if adapter:
+        tokens = model.get_submodule(place)
+        return tokens.get_base_layer().weight[tokens.token_indices[adapter]]
+    return torch.zeros_like(model.get_parameter(name))
 
 
 # -- running

@@ -117,6 +117,19 @@ def test_only_heads_changed_wants_a_change():
         matrix.only_heads_changed(trainer_of(adapted), before)
 
 
+def test_added_tokens_are_an_adapters_own_weights():
+    model = tiny_model()
+    before = weights(model)
+    config = {"modules_to_save": ["lm_head"], "trainable_token_indices": [5, 6], "init_weights": False}
+    adapted = get_peft_model(model, HeadSparseConfig(heads=HeadSet([(0, 1)]), **config))
+    for name in ("trainable_tokens_delta", "lm_head.modules_to_save"):  # in the order of the modules
+        with pytest.raises(AssertionError, match=rf"{name}\S+ has not changed"):
+            matrix.only_heads_changed(trainer_of(adapted), before)
+        (weight,) = (weight for key, weight in adapted.named_parameters() if name in key)
+        weight.data += 1
+    assert matrix.only_heads_changed(trainer_of(adapted), before)
+
+
 def test_other_models_get_the_tests_own_check():
     lora = get_peft_model(tiny_model(), LoraConfig())
     for model in (tiny_model(), lora):
@@ -206,6 +219,13 @@ def test_tests_are_read_differently_for_p2d_trainer_only(tmp_path):
     assert results["P2DTrainer"].count(theirs) == results["P2DTrainer"].count(ours) == 1
     assert "if not only_heads_changed(trainer, previous_trainable_params):" in results["P2DTrainer"]
     assert matrix.TRAINERS["P2DTrainer"] is P2DTrainer
+
+
+def test_docs_name_what_is_left_out_and_read_differently():
+    page = (Path(__file__).parent.parent / "docs" / "drop-in.md").read_text(encoding="utf-8")
+    for table in (matrix.UNAVAILABLE, matrix.EXCLUDED, matrix.REFUSED, matrix.SAID_DIFFERENTLY):
+        for name in table:
+            assert f"`{name.partition('[')[0]}" in page, name
 
 
 def test_a_folder_without_the_tests_is_refused(tmp_path, capsys):
