@@ -248,9 +248,11 @@ def main() -> None:
             f"train     {report.stage_seconds['train']:6.1f} s  {report.trainable_parameters:,} of "
             f"{report.total_parameters:,} weights, {report.epochs:g} epochs"
         )
+        error = report.reference_relative_error
+        spread = "" if error is None else f", +- {error:.0%}"
         print(
             f"reference {report.reference_seconds:6.1f} s  full fine-tuning on the whole pool "
-            f"({report.reference_source}, +- {report.reference_relative_error:.0%})"
+            f"({report.reference_source}{spread})"
         )
         print(f"AER       {report.aer:.3f}, a speed-up of {report.speedup:.1f}")
 

@@ -1,10 +1,12 @@
-"""What `p2d heads` and `p2d select` share: how a model is named and loaded, and how a plot is saved."""
+"""What commands share: how a model and heads are named and loaded, and how a plot is saved."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..heads import HeadSet
 
 
 if TYPE_CHECKING:
@@ -38,6 +40,11 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, PreTrainedTokenizerBase, 
     model = model.to(args.device or accelerator or "cpu")
     config = SFTConfig(bf16=False, report_to="none", max_length=args.max_length)
     return model, AutoTokenizer.from_pretrained(args.model), config
+
+
+def read_heads(name: str) -> HeadSet:
+    """The heads in a `.json` file, or in the folder or Hub repository of an adapter or a head set."""
+    return HeadSet.load(name) if Path(name).suffix == ".json" else HeadSet.from_pretrained(name)
 
 
 def save_plot(ax: Any, path: Path) -> None:

@@ -9,8 +9,7 @@ from typing import Any, get_args
 
 from ..dataset_files import read_dataset, write_dataset
 from ..files import check_new
-from ..heads import HeadSet
-from .common import DATA, add_model, load, save_plot
+from .common import DATA, add_model, load, read_heads, save_plot
 
 
 def add_parser(commands: Any) -> None:
@@ -21,7 +20,10 @@ def add_parser(commands: Any) -> None:
     add_model(select)
     select.add_argument("--pool", required=True, help=f"rows to choose from: {DATA}")
     select.add_argument("--target", help="samples of the task, for scorers that need them")
-    select.add_argument("--heads", type=Path, help="what `p2d heads` wrote, for scorers that need it")
+    select.add_argument(
+        "--heads",
+        help="what `p2d heads` wrote, or the folder or Hub id of an adapter, for scorers that need heads",
+    )
     select.add_argument("--scorer", choices=get_args(ScorerName), default="affinity", help="default: %(default)s")
     size = select.add_mutually_exclusive_group()
     size.add_argument("--ratio", type=float, help="share of the rows to keep (0.1)")
@@ -40,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     from ..selection.pool import extremes
 
     check_new(args.output)
-    heads = HeadSet.load(args.heads) if args.heads else None
+    heads = read_heads(args.heads) if args.heads else None
     pool = read_dataset(args.pool)
     target = read_dataset(args.target) if args.target else None
     model, tokenizer, config = load(args)

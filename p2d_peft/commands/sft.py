@@ -12,6 +12,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, g
 
 from ..dataset_files import is_dataset_file, read_dataset
 from ..trainer import P2DConfig
+from .common import read_heads
 from .launch import is_launched, launch, launch_arguments
 
 
@@ -30,7 +31,7 @@ class P2DScriptArguments(ScriptArguments):
         target_dataset_split (`str`, *optional*, defaults to `"train"`):
             Its split.
         heads_file (`str`, *optional*):
-            Heads that `HeadSet.save` or `p2d heads` wrote, to be used in place of localizing.
+            Heads to be used in place of localizing: a file that `p2d heads` wrote, or the folder or Hub id of an adapter.
     """
 
     target_dataset_name: Optional[str] = field(  # noqa: UP045
@@ -46,7 +47,10 @@ class P2DScriptArguments(ScriptArguments):
     target_dataset_split: str = field(default="train", metadata={"help": "Split of the target dataset."})
     heads_file: Optional[str] = field(  # noqa: UP045
         default=None,
-        metadata={"help": "Heads that `HeadSet.save` or `p2d heads` wrote, to be used in place of localizing."},
+        metadata={
+            "help": "Heads to be used in place of localizing: a file that `p2d heads` wrote, or the folder or Hub id of "
+            "an adapter."
+        },
     )
 
 
@@ -77,11 +81,10 @@ def main(
     """
     from trl import get_peft_config, get_quantization_config
 
-    from ..heads import HeadSet
     from ..report.text import report_text
     from ..trainer import P2DTrainer
 
-    heads = None if script_args.heads_file is None else HeadSet.load(script_args.heads_file)
+    heads = None if script_args.heads_file is None else read_heads(script_args.heads_file)
     train_dataset, eval_dataset = _training_data(script_args, dataset_args, training_args.eval_strategy != "no")
     target = None
     if script_args.target_dataset_name is not None:

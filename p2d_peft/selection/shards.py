@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -16,7 +15,7 @@ from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 from pyarrow import feather
 
-from ..files import write_json
+from ..files import replacing, write_json
 from .pool import dataset_of, in_memory
 
 
@@ -143,13 +142,8 @@ class ShardStore:
             "n_truncated": str(scored.n_truncated),
             "checksum": _checksum(scored),
         }
-        path = self._path(shard.index)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with replacing(self._path(shard.index)) as temporary:
             feather.write_feather(pa.table(columns, metadata=metadata), temporary, compression="zstd")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def _content(shard: Shard) -> str:

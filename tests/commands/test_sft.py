@@ -79,6 +79,8 @@ def test_use_peft_trains_lora_on_the_selected_rows(recipe, tmp_path):
 
 def test_heads_may_be_given(recipe, tmp_path):
     HeadSet([(0, 1), (2, 2)]).save(tmp_path / "heads.json")
+    HeadSet([(0, 1), (2, 2)]).save_pretrained(tmp_path / "adapter")
+    assert read_heads(str(tmp_path / "adapter")) == read_heads(str(tmp_path / "heads.json"))
     assert main(["sft", "--config", recipe, "--heads_file", f"{tmp_path}/heads.json"]) == 0
     report = P2DReport.load(tmp_path / "out" / "p2d_report.json")
     assert (report.heads, report.localize_method) == ({"0": [1], "2": [2]}, None)
@@ -87,7 +89,8 @@ def test_heads_may_be_given(recipe, tmp_path):
 def test_without_p2d_it_is_trl_s_own(recipe, tmp_path):
     assert main(["sft", "--config", recipe, "--no_p2d"]) == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    assert not (tmp_path / "out" / "p2d_report.json").exists()
+    report = P2DReport.load(tmp_path / "out" / "p2d_report.json")  # the reference of runs with it
+    assert set(report.stage_seconds) == {"train"} and report.scorer is None
 
 
 def test_a_mixture_is_the_pool_and_can_be_split(recipe, folder, given, tmp_path):
