@@ -334,6 +334,8 @@ def main(argv: list[str] | None = None) -> int:
     options += ["-x"] if arguments.stop else []
 
     summary: dict[str, Any] = {module.__name__: module.__version__ for module in (trl, torch, transformers, peft)}
+    version = arguments.tests.parent / "VERSION"  # as in a checkout
+    summary["tests_of_trl"] = version.read_text().strip() if version.is_file() else None
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_datasets(folder)
