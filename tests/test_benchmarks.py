@@ -1,6 +1,7 @@
 """The benchmarks run, on a tiny model; and of their numbers, those that are no times hold there too."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ head_sparse_step = load_benchmark("head_sparse_step")
 fused_layout = load_benchmark("fused_layout")
 localize = load_benchmark("localize")
 localize_report = load_benchmark("localize_report")
+scorers = load_benchmark("scorers")
 selection_cost = load_benchmark("selection_cost")
 
 
@@ -319,3 +321,36 @@ def test_selection_cost_compares_the_same_batches(tmp_path):
         cut.norm = torch.nn.Identity()
         assert torch.equal(cut(input_ids=ids).last_hidden_state, hidden)
     assert len(model.model.layers) == 4
+
+
+# -- scorers.py
+
+
+def test_scorers_are_asked_for_rows_of_a_task_among_wrong_ones(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    by_task = {task: [row for row in rows(60, seed=0) if row["task"] == task] for task in ("copy", "count")}
+    monkeypatch.setattr(scorers, "rows_by_task", lambda seed: by_task)
+    options = ["--model", f"{tmp_path}/model", "--output", f"{tmp_path}/out.json", "--target-rows", "4"]
+    asked = ["--scorers", "perplexity", "bm25", "affinity"]
+    numbers = scorers.main([*options, *asked, "--targets", "copy"])
+    assert json.loads((tmp_path / "out.json").read_text()) == numbers
+    lines = {line["scorer"]: line for line in numbers["summary"]}
+    assert set(lines) == {"perplexity", "bm25", "affinity proxy", "affinity random", "affinity all"}
+    assert lines["bm25"]["of_target"] > 0.5  # its tokens are letters: "copy" and "count" share some
+    assert lines["perplexity"]["forward_passes"] == 1.0
+
+    ran = []
+    run = scorers.Benchmark.run
+    monkeypatch.setattr(scorers.Benchmark, "run", lambda self, *arm: ran.append(arm) or run(self, *arm))
+    scorers.main([*options, "--scorers", "perplexity", "length"])
+    assert ran == [("length", None, "copy"), ("perplexity", None, "count"), ("length", None, "count")]
+    with pytest.raises(SystemExit):
+        scorers.main([*options, "--rows", "5"])
+
+
+def test_wrong_answers_are_other_answers():
+    given = [row for row in rows(40, seed=0) if row["task"] == "copy"]
+    made = scorers.with_wrong_answers(given, 0.3, random.Random(0))
+    changed = [new["completion"] != row["completion"] for new, row in zip(made, given, strict=True)]
+    assert changed == [not row["right"] for row in made] and sum(changed) == 6

@@ -8,6 +8,7 @@ from p2d_peft import HeadSet, HeadSparseConfig
 from p2d_peft import trainer as trainer_module
 from p2d_peft.cli import main
 from p2d_peft.commands import launch
+from p2d_peft.commands.common import read_heads
 from p2d_peft.report import P2DReport
 
 from ..tiny_data import prompt_completion
