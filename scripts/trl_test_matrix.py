@@ -12,7 +12,7 @@ python scripts/trl_test_matrix.py --tests trl/tests --trainers P2DTrainer -k "pa
 
 They run twice: with `SFTTrainer`, which shows that the tests can pass here, and with `P2DTrainer`. Only the class is
 exchanged; arguments stay `SFTConfig`, so that P2D has its defaults. Models and datasets of the Hub are replaced by stand-ins,
-see `trl_stand_ins.py`. docs/drop-in.md explains what is adapted and what is left out.
+see `trl_stand_in_models.py` and `trl_stand_in_datasets.py`. docs/drop-in.md explains what is adapted and what is left out.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ import torch
 import transformers
 import trl
 from transformers.utils import is_torchvision_available
-from trl_stand_ins import TOKEN_NUMBERS, VISION_MODEL, make_datasets, make_models
+from trl_stand_in_datasets import make_datasets
+from trl_stand_in_models import TOKEN_NUMBERS, VISION_MODEL, make_models
 
 from p2d_peft import HeadSparseConfig, P2DTrainer
 
@@ -104,7 +105,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     f"test_train_vlm_prompt_completion[{VISION_MODEL}]": _IMAGES,
     "test_pad_token_id_synced_with_model_config_vision": _IMAGES,
     "test_train[trl-internal-testing/tiny-FalconMambaForCausalLM]": (
-        "attention",
+        "has no attention heads",
         "A model without attention has no heads to choose.",
     ),
 }

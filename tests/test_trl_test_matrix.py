@@ -20,22 +20,23 @@ from .tiny_models import tiny_model
 
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))  # no package: scripts are run by their path
 matrix = importlib.import_module("trl_test_matrix")
-stand_ins = importlib.import_module("trl_stand_ins")
+models = importlib.import_module("trl_stand_in_models")
+pools = importlib.import_module("trl_stand_in_datasets")
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
-    stand_ins.make_models(folder)
+    models.make_models(folder)
     return folder
 
 
-@pytest.mark.parametrize("name", [name for name in stand_ins.MODELS if name != stand_ins.VISION_MODEL])
+@pytest.mark.parametrize("name", [name for name in models.MODELS if name != models.VISION_MODEL])
 def test_models_are_found_by_their_names(name, cache):
     kwargs = {"cache_dir": cache, "trust_remote_code": "Remote" in name}
     tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
     model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    text = stand_ins.aphorisms()[3]
+    text = pools.aphorisms()[3]
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text and len(ids) < len(text) / 3
     assert model.config.eos_token_id == tokenizer.eos_token_id is not None
@@ -51,11 +52,11 @@ def test_models_are_found_by_their_names(name, cache):
 
 
 def test_a_revision_has_a_chat_template_of_its_own(cache):
-    name, revision, length = stand_ins.OTHER_REVISION
+    name, revision, length = models.OTHER_REVISION
     main, other = (AutoTokenizer.from_pretrained(name, cache_dir=cache, revision=r) for r in ("main", revision))
     assert len(other.chat_template) == length != len(main.chat_template)
     numbers = main.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    assert numbers == list(stand_ins.TOKEN_NUMBERS.values())
+    assert numbers == list(models.TOKEN_NUMBERS.values())
 
 
 def test_code_beside_a_model_is_asked_for(cache):
@@ -64,10 +65,10 @@ def test_code_beside_a_model_is_asked_for(cache):
 
 
 def test_datasets_are_found_by_their_names(tmp_path, monkeypatch):
-    stand_ins.make_datasets(tmp_path)
+    pools.make_datasets(tmp_path)
     monkeypatch.chdir(tmp_path)
     seen = Counter()
-    for name, make in stand_ins.DATASETS.items():
+    for name, make in pools.DATASETS.items():
         for config in make():
             splits = load_dataset(name, config, cache_dir=tmp_path / "cache")
             assert {split: len(rows) for split, rows in splits.items()} == {"train": 17, "test": 2}
@@ -75,7 +76,7 @@ def test_datasets_are_found_by_their_names(tmp_path, monkeypatch):
             seen[name] += 1
     assert seen["trl-internal-testing/zen"] == 5
     stream = load_dataset("trl-internal-testing/zen", "standard_language_modeling", split="train", streaming=True)
-    assert isinstance(stream, IterableDataset) and next(iter(stream))["text"] == stand_ins.aphorisms()[0]
+    assert isinstance(stream, IterableDataset) and next(iter(stream))["text"] == pools.aphorisms()[0]
     tools = load_dataset("trl-internal-testing/toolcall", "language_modeling", cache_dir=tmp_path / "cache")["train"]
     assert len(json.loads(tools[0]["tools"])) == 2
     images = load_dataset("trl-internal-testing/zen-multi-image", cache_dir=tmp_path / "cache")["train"]
