@@ -117,24 +117,34 @@ def _number(value: int | None) -> str:
 class _Costs:
     """What it cost, as the template shows it."""
 
-    stages: list[tuple[str, str]]
+    stages: list[tuple[str, ...]]  # stage, seconds, tokens, peak memory
+    memory_kind: str | None
     weights: str
     epochs: str
     aer: str
 
 
 def _costs(report: P2DReport) -> _Costs:
-    stages = [(stage, f"{seconds:,.1f}") for stage, seconds in report.stage_seconds.items()]
-    stages.append(("all", f"{sum(report.stage_seconds.values()):,.1f}"))
+    tokens, peaks = report.stage_tokens, report.stage_peak_memory
+    stages: list[tuple[str, ...]] = [
+        (stage, f"{seconds:,.1f}", _number(tokens.get(stage)), _gibibytes(peaks.get(stage)))
+        for stage, seconds in report.stage_seconds.items()
+    ]
+    total = sum(report.stage_seconds.values())
+    stages.append(
+        ("all", f"{total:,.1f}", _number(sum(tokens.values())), _gibibytes(max(peaks.values(), default=None)))
+    )
     if report.aer is None or report.reference_seconds is None:
         aer = "There is no AER, since the reference (full fine-tuning on all rows) was neither measured nor estimated."
     else:
         error = report.reference_relative_error
-        source = "measured" if report.reference_source == "given" else "estimated"
+        source = "estimated" if report.reference_source == "estimated" else "measured"
         stages.append(
             (
                 f"full fine-tuning on all rows, {source}",
                 f"{report.reference_seconds:,.1f}{'' if error is None else f' ± {_percent(error)}'}",
+                "",
+                "",
             )
         )
         aer = (
@@ -143,10 +153,15 @@ def _costs(report: P2DReport) -> _Costs:
         )
     return _Costs(
         stages=stages,
+        memory_kind=report.peak_memory_kind,
         weights=f"{report.trainable_parameters:,} of {report.total_parameters:,}",
         epochs=f"{report.epochs:.3g} epoch{'' if report.epochs == 1 else 's'}",
         aer=aer,
     )
+
+
+def _gibibytes(n_bytes: int | None) -> str:
+    return "unknown" if n_bytes is None else f"{n_bytes / 2**30:.2f} GiB"
 
 
 def _percent(share: float) -> str:

@@ -120,7 +120,7 @@ def test_where_nothing_was_selected_all_rows_are_told(tmp_path):
     run = trainer(tmp_path, changes={"data_ratio": 1.0})
     run.train()
     text = card_of(run).text
-    assert "| rows | all | 32 | 100.0 % |  |" in text and "| tokens |" not in text
+    assert "| rows | all | 32 | 100.0 % |  |" in text and "\n| tokens |" not in text
 
 
 def test_an_adapter_with_a_name_is_loaded_from_its_subfolder(tmp_path):
