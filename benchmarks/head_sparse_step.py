@@ -315,6 +315,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--tokens", type=int, default=256, help="tokens of the one row (default: %(default)s)")
     parser.add_argument("--ratio", type=float, default=0.1, help="share of the heads to train (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of heads, tokens and turns (default: %(default)s)")
+    parser.add_argument("--arms", nargs="+", help="only these: the fewer, the closer in time are those of a round")
     parser.add_argument("--output", type=Path, help="where to write the numbers as JSON")
     args = parser.parse_args(argv)
     if args.rounds < 2:
@@ -328,6 +329,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     batch = {"input_ids": input_ids, "labels": input_ids.clone()}
     heads = choose_heads(ModelGeometry.of(base), args.ratio, args.seed)
     arms = build_arms(base, heads, r=16)
+    if args.arms is not None:
+        if unknown := set(args.arms) - {arm.name for arm in arms}:
+            parser.error(f"--arms: there is no {', '.join(sorted(unknown))}, only {', '.join(a.name for a in arms)}")
+        arms = [arm for arm in arms if arm.name in args.arms]
 
     load_before = load_average()
     seconds = time_rounds(arms, batch, args.rounds, args.warmup, args.seed)
@@ -335,7 +340,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     summary: dict[str, dict[str, Any]] = summarize(seconds)
     for arm in arms:
         summary[arm.name].update(lowest_layer=arm.lowest, **measure_memory(arm, batch))
-        if arm.name != "full":
+        if arm.name != "full" and "full" in seconds:
             summary[arm.name]["speedup_over_full"] = ratio(seconds, "full", arm.name)
     pairs = [(f"head_sparse_{kind}{where}", f"floor_{where}") for where in heads for kind in ("", "qo_")]
     pairs += [
@@ -343,9 +348,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for where in heads
         for other in ("lora_r16", "shira_r16", f"lora_matched_{where}")
     ]
+    pairs = [(a, b) for a, b in pairs if a in seconds and b in seconds]
     result = {
         "command": f"python benchmarks/head_sparse_step.py --model {Path(args.model).name} --rounds {args.rounds} "
-        f"--warmup {args.warmup} --tokens {args.tokens} --ratio {args.ratio} --seed {args.seed}",
+        f"--warmup {args.warmup} --tokens {args.tokens} --ratio {args.ratio} --seed {args.seed}"
+        + (f" --arms {' '.join(args.arms)}" if args.arms else ""),
         "machine": {**machine(), "load_average_before": load_before, "load_average_after": load_after},
         "versions": versions(),
         "settings": {
@@ -365,7 +372,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         f"{'arm':24}{'ms':>8}{'x full':>8}{'trained':>12}{'peak MB':>9}{'saved MB':>9}{'below':>7}{'checkpoint +':>14}"
     )
     for name, row in summary.items():
-        speedup = row["speedup_over_full"]["median"] if name != "full" else 1.0
+        speedup = row["speedup_over_full"]["median"] if "speedup_over_full" in row else float(name == "full")
         beyond = row.get("checkpoint_bytes_beyond_weights", "")
         print(
             f"{name:24}{row['median_ms']:8.0f}{speedup:8.2f}{row['trained_parameters']:12,}{row['peak_bytes'] / 1e6:9.1f}"

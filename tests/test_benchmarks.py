@@ -40,6 +40,16 @@ def numbers(model_folder, tmp_path_factory):
     return result
 
 
+def test_some_of_the_arms_alone(model_folder, capsys):
+    options = ["--model", str(model_folder), "--rounds", "2", "--warmup", "1", "--tokens", "32"]
+    result = head_sparse_step.main([*options, "--arms", "floor_anywhere", "head_sparse_anywhere"])
+    assert set(result["arms"]) == {"floor_anywhere", "head_sparse_anywhere"}
+    assert set(result["step_time_ratios"]) == {"head_sparse_anywhere / floor_anywhere"}
+    with pytest.raises(SystemExit):
+        head_sparse_step.main([*options, "--arms", "ceiling"])
+    assert "there is no ceiling, only full, floor_anywhere" in capsys.readouterr().err
+
+
 def test_all_arms_are_there(numbers):
     arms = numbers["arms"]
     where = ("anywhere", "top_third")
