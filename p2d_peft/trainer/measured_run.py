@@ -137,7 +137,8 @@ def _of_metrics(path: Path, metrics: Mapping[str, Any], evaluation: float = 0.0)
         path,
         seconds / epochs,
         None if speed is None else speed * runtime / epochs,
-        0.0005 * runtime / epochs,
+        # Trainer rounds the speed to 3 digits after the point, the seconds to 4
+        0.0 if speed is None else (0.0005 * runtime + 0.00005 * speed) / epochs,
     )
 
 
