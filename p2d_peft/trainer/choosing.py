@@ -164,6 +164,7 @@ def scores_folder(args: P2DConfig) -> Path | None:
 
 def raw_where_another_tokenizer_reads(selector: P2DDataSelector, trainer: P2DTrainer, pool: Any) -> Any:
     """A selector with another model reads the rows' text, not our tokens."""
-    if vocabulary(selector.engine.processing_class) == vocabulary(trainer._tokenizer):
+    theirs, ours = selector.engine.processing_class, trainer._tokenizer
+    if theirs is ours or vocabulary(theirs) == vocabulary(ours):  # a vocabulary takes a while to list
         return pool
     return pool.remove_columns(["input_ids", "labels"])

@@ -30,20 +30,23 @@ logger = logging.getLogger(__name__)
 WIDE = 0.1
 
 
-def check_reference(trainer: P2DTrainer, pool_rows: int | None) -> None:
+def check_reference(trainer: P2DTrainer, pool_rows: int | None) -> MeasuredRun | None:
     """
-    Check the report that the user gave, before the expensive part.
+    Read and check the report that the user gave, before the expensive part.
 
     Args:
         trainer (`P2DTrainer`): The trainer.
         pool_rows (`int`, *optional*): Rows of the pool, as far as they are known.
+
+    Returns:
+        [`MeasuredRun`] or `None`: what it says, if the user gave one.
 
     Raises:
         `ValueError`: if the report is of another pool, or cannot be a reference at all (see [`MeasuredRun.read`]).
     """
     args: P2DConfig = trainer.args
     if args.reference_report is None:
-        return
+        return None
     run = MeasuredRun.read(args.reference_report)
     is_exact = run.pool_rows is not None and not run.pool_rows_error
     if is_exact and not args.packing and pool_rows not in (None, run.pool_rows):  # packed rows are other rows
@@ -51,6 +54,7 @@ def check_reference(trainer: P2DTrainer, pool_rows: int | None) -> None:
             f"`reference_report`='{run.path}' is of a run on {run.pool_rows} rows, but `train_dataset` has {pool_rows}; "
             "the reference is full fine-tuning on the same rows."
         )
+    return run
 
 
 def find_reference(
@@ -72,18 +76,15 @@ def find_reference(
     args: P2DConfig = trainer.args
     if args.reference_seconds is not None:
         return Reference(args.reference_seconds / args.num_train_epochs, "given")
-    if args.reference_report is not None:
-        return _measured(trainer, pool_rows)
+    if (run := check_reference(trainer, pool_rows)) is not None:
+        return _measured(trainer, run, pool_rows)
     if args.reference_steps == 0 or pool_rows is None or pool_tokens is None:
         return None
     return _estimated(trainer, pool, pool_rows, pool_tokens)
 
 
-def _measured(trainer: P2DTrainer, pool_rows: int | None) -> Reference:
-    check_reference(trainer, pool_rows)
+def _measured(trainer: P2DTrainer, run: MeasuredRun, pool_rows: int | None) -> Reference:
     args = trainer.args
-    assert args.reference_report is not None
-    run = MeasuredRun.read(args.reference_report)
     here = {"model": model_id(trainer.model), "device": args.device.type, "processes": args.world_size}
     for name, value in here.items():
         theirs = getattr(run, name)
