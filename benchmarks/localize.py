@@ -46,6 +46,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from answers import Batch, judge_answers, predictions
 from datasets import Dataset, disable_progress_bars
 from environment import command, load_average, machine, versions
 from localize_report import ARMS, BASE, FULL_STEP, SCORES, SETTINGS, markdown, summarize
@@ -75,8 +76,6 @@ WARMUP = 0.1
 MAX_GRADIENT_NORM = 1.0
 # what must be the same for all arms in one folder; the rest says which arms
 FIXED = ("samples", "rows", "epochs", "test_rows", "batch_size")
-
-Batch = dict[str, torch.Tensor]
 
 
 def _count(scores: HeadScores, ratio: float) -> int:
@@ -175,34 +174,6 @@ def training_order(lengths: list[int], size: int, seed: str) -> list[list[int]]:
         bucket = sorted(order[start : start + BUCKET * size], key=lambda row: lengths[row])
         batches += [bucket[i : i + size] for i in range(0, len(bucket), size)]
     return generator.sample(batches, len(batches))
-
-
-def predictions(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Logits and labels from the first token that counts on; logits at `t` are for the label at `t`.
-
-    A good part of the work is saved, and the numbers stay the same but for rounding: the prompts' logits are left out,
-    as no loss looks at them, and what all rows begin with (the system's message, the task's instruction) passes
-    through the model once, not once a row.
-    """
-    input_ids, labels = batch["input_ids"], batch["labels"]
-    first = max(1, int((labels != -100).int().argmax(dim=1).min()))
-    same = (input_ids == input_ids[:1]).all(dim=0)
-    # the token that predicts the first label stays with its row
-    shared = min(int(same.int().cumprod(dim=0).sum()), first - 1)
-    cache = None
-    if shared and len(input_ids) > 1:
-        cache = model(input_ids=input_ids[:1, :shared], logits_to_keep=1, use_cache=True).past_key_values
-        cache.batch_repeat_interleave(len(input_ids))
-        input_ids = input_ids[:, shared:]
-    logits = model(
-        input_ids=input_ids,
-        attention_mask=batch["attention_mask"],
-        past_key_values=cache,
-        logits_to_keep=labels.shape[1] - first + 1,
-        use_cache=cache is not None,
-    ).logits
-    return logits[:, :-1].float(), labels[:, first:]
 
 
 def checksum(model: nn.Module) -> int:
@@ -312,27 +283,13 @@ class Judge:
                 losses.append(loss.item())
         return {"seconds": self._now() - start, "last_epoch_loss": sum(losses) / len(losses)}
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, task: Task) -> dict[str, float]:
-        """NLL a token and exact match, over the answer's tokens up to and with the end token."""
+        """NLL a token and exact match of the task's held-out rows."""
         model.eval()
         start = self._now()
-        nll, n_tokens, n_right = 0.0, 0, 0
-        for _, batch in task.test.batches(2 * self.args.batch_size, self.device):
-            with self._autocast():
-                logits, labels = predictions(model, batch)
-            counts = labels != -100
-            # what a template puts behind the end token is never generated
-            ends = ((labels == self.eos) & counts).int()
-            counts &= ends.cumsum(dim=1) - ends == 0
-            losses = functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-            nll += float(losses[counts].double().sum())
-            n_tokens += int(counts.sum())
-            # One pass gives the exact match of greedy decoding without decoding: its answer is the right one if and
-            # only if at each of the answer's tokens, all before it being right, the most probable token is the right
-            # one. That is what the argmax under teacher forcing says, by induction from the first token to the end.
-            n_right += int(((logits.argmax(dim=-1) == labels) | ~counts).all(dim=1).sum())
-        return {"nll": nll / n_tokens, "exact_match": n_right / len(task.test), "seconds": self._now() - start}
+        batches = (batch for _, batch in task.test.batches(2 * self.args.batch_size, self.device))
+        found = judge_answers(model, batches, self.eos, self._autocast)
+        return {"nll": found["nll"], "exact_match": found["exact_match"], "seconds": self._now() - start}
 
     def full_step(self, task: Task) -> dict[str, float]:
         """Seconds a token of full fine-tuning on the task's samples, measured once on two batches, on a copy."""

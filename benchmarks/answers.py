@@ -1,0 +1,78 @@
+"""What a model says of the answers' tokens, at no more than the answers' price: shared by the benchmarks that train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+Batch = dict[str, torch.Tensor]
+
+
+def predictions(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Logits and labels from the first token that counts on; logits at `t` are for the label at `t`.
+
+    A good part of the work is saved, and the numbers stay the same but for rounding: the prompts' logits are left out,
+    as no loss looks at them, and what all rows begin with (the system's message, the task's instruction) passes
+    through the model once, not once a row.
+    """
+    input_ids, labels = batch["input_ids"], batch["labels"]
+    first = max(1, int((labels != -100).int().argmax(dim=1).min()))
+    same = (input_ids == input_ids[:1]).all(dim=0)
+    # the token that predicts the first label stays with its row
+    shared = min(int(same.int().cumprod(dim=0).sum()), first - 1)
+    cache = None
+    if shared and len(input_ids) > 1:
+        cache = model(input_ids=input_ids[:1, :shared], logits_to_keep=1, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(input_ids))
+        input_ids = input_ids[:, shared:]
+    logits = model(
+        input_ids=input_ids,
+        attention_mask=batch["attention_mask"],
+        past_key_values=cache,
+        logits_to_keep=labels.shape[1] - first + 1,
+        use_cache=cache is not None,
+    ).logits
+    return logits[:, :-1].float(), labels[:, first:]
+
+
+@torch.no_grad()
+def judge_answers(
+    model: nn.Module, batches: Iterable[Batch], eos: int, autocast: Callable[[], AbstractContextManager[Any]]
+) -> dict[str, Any]:
+    """
+    NLL a token and exact match, over the answers' tokens up to and with the end token.
+
+    Args:
+        model (`nn.Module`): In eval mode.
+        batches (`Iterable[Batch]`): `input_ids`, `attention_mask` and `labels` of shape (B, T).
+        eos (`int`): The end token's id.
+        autocast (`Callable`): Makes the context in which the model runs.
+
+    Returns:
+        `dict`: `nll` (nats a token) and `exact_match` (share of rows), and as `right` whether each row's is exact, in
+        the order of the batches.
+    """
+    nll, n_tokens = 0.0, 0
+    right: list[bool] = []
+    for batch in batches:
+        with autocast():
+            logits, labels = predictions(model, batch)
+        counts = labels != -100
+        # what a template puts behind the end token is never generated
+        ends = ((labels == eos) & counts).int()
+        counts &= ends.cumsum(dim=1) - ends == 0
+        losses = functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        nll += float(losses[counts].double().sum())
+        n_tokens += int(counts.sum())
+        # One pass gives the exact match of greedy decoding without decoding: its answer is the right one if and
+        # only if at each of the answer's tokens, all before it being right, the most probable token is the right
+        # one. That is what the argmax under teacher forcing says, by induction from the first token to the end.
+        right += ((logits.argmax(dim=-1) == labels) | ~counts).all(dim=1).tolist()
+    return {"nll": nll / n_tokens, "exact_match": sum(right) / len(right), "right": right}

@@ -1,0 +1,207 @@
+"""`docs/results.md` and the README's table, written from the results and never by hand."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+from p2d_peft.files import read_json
+from p2d_peft.heads import HeadScores
+
+from .choose import HEADS
+from .claims import EPOCHS, HELD, NOT_HELD, P2D, judge
+from .summary import Evidence, Line
+
+
+PICTURES = {
+    "aer.svg": "Exact match against AER, a point for each line of the mixed pool's table; P2D in orange",
+    "stages.svg": "Seconds by stage, of P2D and of full fine-tuning on all rows",
+    "ratios.svg": "Exact match over the share of the heads and over the share of the rows",
+    "heads.svg": "Scores of the heads by `proxy` for each target, the chosen ones framed",
+}
+SETTINGS_TEXT = {
+    "mixed": "One task in a mixed pool: eight tasks, as many rows of each",
+    "own": "A pool of the task's own rows",
+    "corrupted": "The mixed pool with wrong answers in three rows of ten",
+    "absent": "The mixed pool without the target's task",
+}
+README_START, README_END = "<!-- results: made by benchmarks/run_evidence.py report -->", "<!-- end of results -->"
+
+
+def page(evidence: Evidence, results: Path, pictures: list[str]) -> str:
+    """The page, as Markdown."""
+    problem, training = evidence.settings["problem"], evidence.settings["training"]
+    parts = [
+        "# Results",
+        "Written by `python benchmarks/run_evidence.py report` from the files in `benchmarks/results/evidence`, one for "
+        f"each training; {evidence.arms} so far. To rerun the small profile, from a clean clone:",
+        "```bash\nbash scripts/evidence.sh\n```",
+        f"The model is {evidence.settings['model']}, the rows are BIG-bench's. A pool has {problem['pool_rows']} rows of each "
+        f"task; heads and rows are chosen with {problem['target_rows']} samples of the target that are not in it, the "
+        f"learning rate with {problem['validation_rows']} held-out rows and the first seed, and tested are "
+        f"{problem['test_rows']} other held-out rows. Batches of {training['batch_size']}, {training['dtype']}. Exact match is "
+        "that of greedy answers. AER is the cost of all stages over that of full fine-tuning on the whole pool for as "
+        "many epochs, both measured; on a CPU it is counted in the process's own seconds, so that what else a machine does is "
+        "not in it. Forgetting is the rise of the NLL of unrelated passages over the base model's. Intervals are 95 % of "
+        "paired bootstraps: over test rows for exact match, over pairs of target and seed for NLL.",
+        "**Not run:** any model but this one, any GPU, and the paper's own models and data, for which there is a profile "
+        "(`benchmarks/evidence/profiles/paper.yaml`).",
+        "## The claims",
+        _claims(evidence),
+        *(f"![{PICTURES[name]}](results/{name})\n\n*{PICTURES[name]}.*" for name in pictures),
+        _overlap(evidence, results),
+        "## The base model: format or skill",
+        _base(evidence),
+    ]
+    for setting, text in SETTINGS_TEXT.items():
+        for target in evidence.targets:
+            lines = [line for line in evidence.lines.values() if (line.setting, line.target) == (setting, target)]
+            if lines:
+                parts += [f"## {text}: `{target}`", _table(evidence, lines)]
+    parts += ["## Where it was run", _provenance(evidence)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _claims(evidence: Evidence) -> str:
+    rows = []
+    for number, claim in enumerate(judge(evidence), 1):
+        verdict = {HELD: "**held**", NOT_HELD: "**not held**"}.get(claim.verdict, claim.verdict)
+        rows.append([str(number), claim.text, verdict, "<br>".join(claim.figures)])
+    return _markdown(["", "claim", "", "figures"], rows)
+
+
+def _order(evidence: Evidence, line: Line) -> tuple[bool, int, float]:
+    return (line.data, line.parameters) != P2D, -line.epochs, -line.mean("exact_match")
+
+
+def _table(evidence: Evidence, lines: list[Line]) -> str:
+    rows = []
+    for line in sorted(lines, key=lambda line: _order(evidence, line)):
+        aer = evidence.aer(line)
+        first = next(iter(line.results.values()))
+        options = [test["options_accuracy"] for test in line.tests.values() if "options_accuracy" in test]
+        whole = line.data == "full" or line.target not in {result["target"] for result in line.results.values()}
+        rows.append(
+            [
+                f"`{line.data}`",
+                f"`{line.parameters}`",
+                str(line.epochs),
+                f"{line.lr:g}",
+                str(len(line.tests)),
+                _percent(line.mean("exact_match")) + _spread([test["exact_match"] for test in line.tests.values()]),
+                f"{line.mean('nll'):.3f}",
+                _percent(sum(options) / len(options)) if options else "",
+                f"{evidence.forgotten(line):+.3f}",
+                "" if aer is None else f"{aer:.3f}",
+                "" if whole else _percent(line.mean_of_arm("rows_of_target") / line.mean_of_arm("rows")),
+                _percent(line.mean_of_arm("rows_right") / line.mean_of_arm("rows"))
+                if line.setting == "corrupted"
+                else "",
+                f"{line.seconds('localize'):.0f} + {line.seconds('select'):.0f} + {line.seconds('train'):.0f}",
+                f"{first['trained_parameters'] / 1e6:.2f} M",
+                f"{first['checkpoint_bytes'] / 1e6:.1f} MB",
+                f"{line.mean_of_arm('peak_memory_bytes') / 1e9:.2f} GB",
+            ]
+        )
+    header = ["data", "parameters", "epochs", "lr", "seeds", "exact match", "NLL", "options", "forgetting", "AER"]
+    header += ["of target", "right", "s localize + select + train", "trained", "checkpoint", "peak memory"]
+    kept = [column for column in range(len(header)) if any(row[column] for row in rows)]
+    return _markdown([header[i] for i in kept], [[row[i] for i in kept] for row in rows])
+
+
+def _base(evidence: Evidence) -> str:
+    rows = []
+    for target, result in evidence.base.items():
+        test, few = result["test"], result["few_shot"]
+        options = (
+            f"{_percent(test['options_accuracy'])} (a guess: {_percent(test['options_guess'])})"
+            if "options_accuracy" in test
+            else "no options"
+        )
+        shots = [_percent(few["exact_match"]), f"{few['nll']:.3f}"]
+        rows.append([target, _percent(test["exact_match"]), f"{test['nll']:.3f}", *shots, options])
+    header = ["target", "exact match", "NLL", "exact match, 4 shots", "NLL, 4 shots", "likeliest option is right"]
+    return _markdown(header, rows)
+
+
+def _overlap(evidence: Evidence, results: Path) -> str:
+    """How many of the chosen heads pairs of targets share, and pairs of seeds of one target."""
+    sets = {}
+    for path in sorted((results / HEADS).glob("*-proxy-seed*.json")):
+        target, _, rest = path.stem.partition("-proxy-seed")
+        scores = HeadScores.from_dict(read_json(path)["scores"])
+        sets[target, int(rest)] = scores.top(0.1, per_layer="even")
+    between: dict[str, list[float]] = {"of two seeds of one target": [], "of two targets": []}
+    for ((target, seed), a), ((other, other_seed), b) in itertools.combinations(sets.items(), 2):
+        share = len(a & b) / len(a)
+        if target == other:
+            between["of two seeds of one target"].append(share)
+        elif seed == other_seed:
+            between["of two targets"].append(share)
+    said = [f"{_percent(sum(shares) / len(shares))} % {who}" for who, shares in between.items() if shares]
+    return f"Of the heads that `proxy` chooses, these are shared on average: {', '.join(said)}." if said else ""
+
+
+def _provenance(evidence: Evidence) -> str:
+    return "\n".join(
+        f"- {where['machine']['cpu']}, {where['machine']['cpus']} CPUs, {where['machine']['system']}; threads a process: "
+        f"{where['threads']}; " + ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+        for where in evidence.provenance
+    )
+
+
+def readme_table(evidence: Evidence) -> str:
+    """The short table: means over the targets of the mixed pool that all of its lines have."""
+    sides: dict[tuple[str, str], dict[str, Line]] = {}
+    for line in evidence.lines.values():
+        if line.setting == "mixed" and line.epochs == EPOCHS and "@" not in line.data + line.parameters:
+            sides.setdefault((line.data, line.parameters), {})[line.target] = line
+    ours = sides.get(P2D, {})
+    full = {side: lines for side, lines in sides.items() if set(lines) >= set(ours)}
+    rows = []
+    for side in sorted(full, key=lambda side: (side != P2D, -_mean(full[side], ours, "exact_match"))):
+        lines = [full[side][target] for target in ours]
+        aers = [aer for line in lines if (aer := evidence.aer(line)) is not None]
+        rows.append(
+            [
+                f"`{side[0]}`",
+                f"`{side[1]}`",
+                _percent(_mean(full[side], ours, "exact_match")),
+                f"{_mean(full[side], ours, 'nll'):.3f}",
+                f"{sum(aers) / len(aers):.3f}" if aers else "",
+                f"{sum(evidence.forgotten(line) for line in lines) / len(lines):+.3f}",
+            ]
+        )
+    header = ["rows chosen by", "weights trained", "exact match", "NLL", "AER", "forgetting"]
+    return f"Means over {', '.join(f'`{target}`' for target in sorted(ours))}:\n\n{_markdown(header, rows)}"
+
+
+def with_results(readme: str, table: str) -> str:
+    """
+    The README with the table between its two marks.
+
+    Raises:
+        `ValueError`: if the marks are not there.
+    """
+    before, start, rest = readme.partition(README_START)
+    _, end, after = rest.partition(README_END)
+    if not start or not end:
+        raise ValueError(f"README.md lacks the lines '{README_START}' and '{README_END}'.")
+    return f"{before}{start}\n\n{table}\n\n{end}{after}"
+
+
+def _mean(lines: dict[str, Line], targets: dict[str, Line], name: str) -> float:
+    return sum(lines[target].mean(name) for target in targets) / len(targets)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _spread(values: list[float]) -> str:
+    return f" ({_percent(min(values))} to {_percent(max(values))})" if len(values) > 1 else ""
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    table = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in table)

@@ -1,0 +1,345 @@
+"""What is to be run: arms, declared in a YAML file."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from localize import CHOICES
+
+from p2d_peft.heads.localize import LocalizeMethod
+from p2d_peft.selection.selector import ScorerName, needs_heads
+
+
+SETTINGS = ("mixed", "own", "corrupted", "absent")
+# the target of what is trained without one, and tested on all: it costs one training for all of them
+ANY = "any"
+# of every model, beside the heads that a method finds
+ALL_HEADS = "all"
+_WITHOUT_TARGET = (None, "random", "magnitude", ALL_HEADS)
+METHODS = (*get_args(LocalizeMethod), ALL_HEADS)
+ADAPTERS = ("full", "lora-attention", "lora-all", "shira", "heads")
+
+
+@dataclass(frozen=True)
+class Data:
+    """
+    The rows to train on.
+
+    Args:
+        scorer (`str`): `"full"`, or what chooses them.
+        heads (`str`, *optional*): By which heads it does, for scorers that look at heads.
+        ratio (`float`): The share of the pool that is kept.
+    """
+
+    scorer: str
+    heads: str | None
+    ratio: float
+
+    @classmethod
+    def read(cls, text: str) -> Data:
+        """From `full`, `SCORER` or `SCORER:HEADS`, with `@RATIO` where it is not a tenth."""
+        name, ratio = _ratio(text)
+        scorer, _, heads = name.partition(":")
+        if scorer == "full":
+            return cls("full", None, 1.0)
+        if scorer not in get_args(ScorerName):
+            raise ValueError(f"data '{text}': '{scorer}' is neither 'full' nor one of {list(get_args(ScorerName))}.")
+        if needs_heads(scorer) != bool(heads) or (heads and heads not in METHODS):  # type: ignore[arg-type]
+            raise ValueError(f"data '{text}': write SCORER:HEADS for scorers with heads, one of {list(METHODS)}.")
+        return cls(scorer, heads or None, ratio)
+
+    def __str__(self) -> str:
+        if self.scorer == "full":
+            return "full"
+        return f"{self.scorer}{f':{self.heads}' if self.heads else ''}{_suffix(self.ratio)}"
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """
+    The weights to train.
+
+    Args:
+        adapter (`str`): One of `ADAPTERS`.
+        method (`str`, *optional*): Of `heads`, what finds them.
+        choice (`str`): Of `heads`, how they are chosen by their scores, one of `localize.CHOICES`.
+        ratio (`float`): Of `heads`, the share of them.
+    """
+
+    adapter: str
+    method: str | None = None
+    choice: str = "spread"
+    ratio: float = 0.1
+
+    @classmethod
+    def read(cls, text: str) -> Parameters:
+        """From `full`, `lora-attention`, ..., or `heads:METHOD[/CHOICE][@RATIO]`."""
+        name, ratio = _ratio(text)
+        adapter, _, rest = name.partition(":")
+        method, _, choice = rest.partition("/")
+        if adapter not in ADAPTERS:
+            raise ValueError(f"parameters '{text}': '{adapter}' is not one of {list(ADAPTERS)}.")
+        if adapter != "heads":
+            if rest or "@" in text:
+                raise ValueError(f"parameters '{text}': '{adapter}' takes neither a method nor a ratio.")
+            return cls(adapter)
+        if method not in METHODS or (choice or "spread") not in CHOICES:
+            raise ValueError(
+                f"parameters '{text}': write heads:METHOD[/CHOICE][@RATIO], with a METHOD of {list(METHODS)} and a "
+                f"CHOICE of {list(CHOICES)}."
+            )
+        return cls(adapter, method, choice or "spread", ratio)
+
+    def __str__(self) -> str:
+        if self.adapter != "heads":
+            return self.adapter
+        choice = "" if self.choice == "spread" else f"/{self.choice}"
+        return f"heads:{self.method}{choice}{_suffix(self.ratio)}"
+
+
+def _ratio(text: str) -> tuple[str, float]:
+    name, at, ratio = text.partition("@")
+    try:
+        value = float(ratio) if at else 0.1
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise ValueError(f"'{text}': the ratio behind '@' must be in (0, 1].")
+    return name, value
+
+
+def _suffix(ratio: float) -> str:
+    return "" if ratio == 0.1 else f"@{ratio:g}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """
+    What is compared: one cell of the tables, to be run with several seeds and learning rates.
+
+    Args:
+        setting (`str`): One of `SETTINGS`.
+        target (`str`): The task that heads and rows are chosen for, and that is tested; or `ANY`.
+        data ([`Data`]), parameters ([`Parameters`]): What is trained on what.
+        epochs (`int`): Passes over the chosen rows.
+    """
+
+    setting: str
+    target: str
+    data: Data
+    parameters: Parameters
+    epochs: int
+
+    def __post_init__(self) -> None:
+        chosen = self.data.scorer not in ("full", "random") or self.parameters.method not in _WITHOUT_TARGET
+        if self.target == ANY and (chosen or self.setting not in ("mixed", "corrupted")):
+            raise ValueError(f"'{self}' depends on a target; name it.")
+
+    def __str__(self) -> str:
+        return f"{self.setting} {self.target} {self.data} {self.parameters} {self.epochs} epochs"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training: a cell, a seed and a learning rate."""
+
+    cell: Cell
+    seed: int
+    lr: float
+
+    @property
+    def file(self) -> str:
+        """The name of its result file."""
+        name = "-".join(map(str, (self.cell.setting, self.cell.target, self.cell.data, self.cell.parameters)))
+        name = name.replace(":", ".").replace("/", "_")
+        return f"{name}-epochs{self.cell.epochs}-lr{self.lr:g}-seed{self.seed}.json"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """
+    The sizes of a problem.
+
+    Args:
+        pool_rows (`int`): Rows of each task in a mixed pool.
+        own_rows (`int`): Rows of the pool in the setting `own`, all of the target's task.
+        target_rows (`int`): Samples of the task to localize and score by; in no pool.
+        validation_rows (`int`): Held-out rows to choose the learning rate by.
+        test_rows (`int`): Held-out rows of the target.
+        passages (`int`): Unrelated texts, to see what is forgotten.
+        option_rows (`int`): Test rows of which the likelihoods of all options are compared.
+        wrong (`float`): Share of wrong answers in the setting `corrupted`.
+    """
+
+    pool_rows: int = 100
+    own_rows: int = 500
+    target_rows: int = 40
+    validation_rows: int = 50
+    test_rows: int = 100
+    passages: int = 30
+    option_rows: int = 30
+    wrong: float = 0.3
+
+
+@dataclass(frozen=True)
+class Source:
+    """
+    A task's rows in a dataset, on the Hub or in a folder that `datasets.load_dataset` reads.
+
+    Args:
+        path (`str`): The dataset's Hub id.
+        prompt (`str`): The column of the questions; with `input`, what is put between it and the answer.
+        completion (`str`): The column of the answers.
+        name (`str`, *optional*): The dataset's configuration.
+        split (`str`): Which rows.
+        input (`str`, *optional*): A second column of the question.
+        instruction (`str`): What to put before each question.
+    """
+
+    path: str
+    prompt: str
+    completion: str
+    name: str | None = None
+    split: str = "train"
+    input: str | None = None
+    instruction: str = ""
+
+
+@dataclass(frozen=True)
+class Training:
+    """
+    How all arms train.
+
+    Args:
+        batch_size (`int`): Rows a step, on each process.
+        gradient_accumulation_steps (`int`): Batches a step.
+        max_length (`int`): Tokens at which a row is cut.
+        max_tokens_of_passage (`int`): The same of a passage.
+        dtype (`str`): `"bfloat16"` (autocast), `"float32"`, or `"auto"`: what this machine is faster in.
+        model_dtype (`str`): What the weights are in.
+        gradient_checkpointing (`bool`): Whether to keep memory for time, in all arms.
+    """
+
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    max_length: int = 512
+    max_tokens_of_passage: int = 128
+    dtype: str = "auto"
+    model_dtype: str = "float32"
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Profile:
+    """
+    A file of arms.
+
+    Args:
+        model (`str`): The model's Hub id.
+        tasks (`dict[str, Source]`): The tasks; BIG-bench's eight where there are none.
+        problem ([`Problem`]), training ([`Training`]): What is the same for all arms.
+        learning_rates (`dict[str, list[float]]`): By adapter, those to try.
+        seeds (`list[int]`): The seeds; with the first one, all learning rates are tried.
+        groups (`list[tuple[list[Cell], list[int]]]`): Cells and the seeds that they are run with.
+    """
+
+    model: str
+    tasks: dict[str, Source]
+    problem: Problem
+    training: Training
+    learning_rates: dict[str, list[float]]
+    seeds: list[int]
+    groups: list[tuple[list[Cell], list[int]]]
+
+    @classmethod
+    def read(cls, path: str | Path) -> Profile:
+        """
+        Read and check a profile.
+
+        Raises:
+            `ValueError`: if it names what there is not, or lacks learning rates for what it trains.
+        """
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        _check_keys("the profile", content, {field.name for field in fields(cls)} - {"groups"} | {"arms"})
+        seeds = content["seeds"]
+        groups = [_cells(arms, seeds) for arms in content["arms"]]
+        profile = cls(
+            model=content["model"],
+            tasks={name: Source(**_checked(Source, source)) for name, source in content.get("tasks", {}).items()},
+            problem=Problem(**_checked(Problem, content.get("problem", {}))),
+            training=Training(**_checked(Training, content.get("training", {}))),
+            learning_rates={name: [float(lr) for lr in rates] for name, rates in content["learning_rates"].items()},
+            seeds=seeds,
+            groups=groups,
+        )
+        for adapter in sorted({cell.parameters.adapter for cells, _ in groups for cell in cells}):
+            if not profile.learning_rates.get(adapter):
+                raise ValueError(f"{path}: `learning_rates` has none for '{adapter}'.")
+        return profile
+
+    def cells(self) -> dict[Cell, list[int]]:
+        """Each cell once, with all seeds that it is to be run with, the first one being that of the learning rate."""
+        found: dict[Cell, list[int]] = {}
+        for cells, seeds in self.groups:
+            for cell in cells:
+                found[cell] = sorted({*found.get(cell, []), *seeds, self.seeds[0]}, key=self.seeds.index)
+        return found
+
+    def targets(self) -> list[str]:
+        """All tasks that are a target somewhere."""
+        return sorted({cell.target for cells, _ in self.groups for cell in cells} - {ANY})
+
+    def rates(self, cell: Cell) -> list[float]:
+        """The learning rates to try for a cell."""
+        return self.learning_rates[cell.parameters.adapter]
+
+
+def _cells(arms: dict[str, Any], seeds: list[int]) -> tuple[list[Cell], list[int]]:
+    _check_keys("arms", arms, {"settings", "targets", "data", "parameters", "epochs", "seeds"})
+    if unknown := set(arms["settings"]) - set(SETTINGS):
+        raise ValueError(f"`settings` {sorted(unknown)} are not of {list(SETTINGS)}.")
+    chosen = arms.get("seeds", seeds)
+    if unknown_seeds := set(chosen) - set(seeds):
+        raise ValueError(f"`seeds` {sorted(unknown_seeds)} of some arms are not among the profile's {seeds}.")
+    grid = itertools.product(arms["settings"], arms["targets"], arms["data"], arms["parameters"], arms["epochs"])
+    cells = [
+        Cell(setting, target, Data.read(data), Parameters.read(parameters), epochs)
+        for setting, target, data, parameters, epochs in grid
+    ]
+    return cells, chosen
+
+
+def _checked(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    _check_keys(kind.__name__.lower(), values, {field.name for field in fields(kind)})
+    return values
+
+
+def _check_keys(what: str, values: dict[str, Any], known: set[str]) -> None:
+    if unknown := set(values) - known:
+        raise ValueError(f"{what}: {sorted(unknown)} are not among {sorted(known)}.")
+
+
+def planned(profile: Profile, best: Any, part: tuple[int, int] = (0, 1)) -> Iterator[Arm]:
+    """
+    The arms in the order in which they are to be run, so that a run that is stopped leaves balanced results: first all
+    cells with all learning rates and the first seed, then, seed by seed, each cell with its best rate.
+
+    Args:
+        profile ([`Profile`]): What is to be run.
+        best (`Callable[[Cell], float]`): The rate of a cell that was best, asked for after its first seed was run.
+        part (`tuple[int, int]`): `(i, n)`: only every n-th cell, from the i-th on. A cell's arms are in one part.
+    """
+    cells = profile.cells()
+    mine = list(cells)[part[0] :: part[1]]
+    for cell in mine:
+        for lr in profile.rates(cell):
+            yield Arm(cell, profile.seeds[0], lr)
+    for seed in profile.seeds[1:]:
+        for cell in mine:
+            if seed in cells[cell]:
+                yield Arm(cell, seed, best(cell))

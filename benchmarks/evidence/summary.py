@@ -1,0 +1,202 @@
+"""What the arms say together: a line for each cell, and the claims with their intervals."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from localize_report import RESAMPLES, bootstrap
+
+from p2d_peft.files import read_json
+
+from .profile import ANY
+from .runner import ARMS, BASE, SETTINGS
+
+
+Result = dict[str, Any]
+# a line of the tables: setting, target, data, parameters, epochs
+Key = tuple[str, str, str, str, int]
+REFERENCE = ("full", "full")
+
+
+@dataclass(frozen=True)
+class Line:
+    """
+    A cell's results for one target, with the learning rate that was best on the validation rows, by seed.
+
+    Args:
+        results (`dict[int, dict]`): The arms' results, of which `tests` are this target's.
+        tests (`dict[int, dict]`): `nll`, `exact_match`, `right` (a digit a row) and, where there are options, the rest.
+    """
+
+    setting: str
+    target: str
+    data: str
+    parameters: str
+    epochs: int
+    lr: float
+    results: dict[int, Result]
+    tests: dict[int, Result]
+
+    def mean(self, name: str) -> float:
+        """Of a number of the tests, over the seeds."""
+        return statistics.mean(test[name] for test in self.tests.values())
+
+    def mean_of_arm(self, name: str) -> float:
+        """Of a number of the arms, over the seeds."""
+        return statistics.mean(result[name] for result in self.results.values())
+
+    def seconds(self, *stages: str) -> float:
+        """Over the seeds, the mean of what stages took: the process's own seconds on a CPU, else the clock's."""
+        kind = "cpu" if next(iter(self.results.values()))["memory_kind"] == "process" else "wall"
+        return statistics.mean(
+            sum(result["seconds"][stage][kind] for stage in stages) for result in self.results.values()
+        )
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """
+    All results of a folder.
+
+    Args:
+        settings (`dict`): What is the same for all arms.
+        base (`dict[str, dict]`): The untrained model's results, by target.
+        lines (`dict[Key, Line]`): By setting, target, data, parameters and epochs.
+        arms (`int`): How many arms there are.
+        provenance (`list[dict]`): The machines, versions and commands of the arms, each once.
+    """
+
+    settings: Result
+    base: dict[str, Result]
+    lines: dict[Key, Line]
+    arms: int
+    provenance: list[Result]
+
+    @property
+    def targets(self) -> list[str]:
+        """The targets, in order."""
+        return sorted({line.target for line in self.lines.values()})
+
+    def aer(self, line: Line) -> float | None:
+        """Seconds of all stages over those of full fine-tuning on all of the pool for as many epochs."""
+        reference = self.lines.get((line.setting, line.target, *REFERENCE, line.epochs))
+        if reference is None:
+            return None
+        return line.seconds("localize", "select", "train") / reference.seconds("train")
+
+    def forgotten(self, line: Line) -> float:
+        """By how much the NLL of unrelated texts is higher than the untrained model's, in nats a token."""
+        return line.mean_of_arm("passages_nll") - self.base[line.target]["passages_nll"]
+
+
+def read_evidence(folder: Path) -> Evidence:
+    """Everything in a folder that `run_evidence.py run` wrote."""
+    results = [read_json(path) for path in sorted((folder / ARMS).glob("*.json"))]
+    base = {path.stem: read_json(path) for path in sorted((folder / BASE).glob("*.json"))}
+    cells: dict[Key, list[Result]] = {}
+    for result in results:
+        key = tuple(result[name] for name in ("setting", "target", "data", "parameters", "epochs"))
+        cells.setdefault(key, []).append(result)  # type: ignore[arg-type]
+    lines: dict[Key, Line] = {}
+    for (setting, target, data, parameters, epochs), arms in cells.items():
+        lr = _best_rate(arms)
+        if lr is None:
+            continue
+        kept = {arm["seed"]: arm for arm in arms if arm["lr"] == lr}
+        for tested in base if target == ANY else [target]:
+            tests = {seed: arm["test"][tested] for seed, arm in kept.items() if tested in arm["test"]}
+            if tests:
+                line = Line(setting, tested, data, parameters, epochs, lr, kept, tests)
+                lines[setting, tested, data, parameters, epochs] = line
+    provenance: list[Result] = []
+    for result in results:
+        where = {name: result[name] for name in ("machine", "versions", "threads")}
+        if where not in provenance:
+            provenance.append(where)
+    return Evidence(read_json(folder / SETTINGS), base, lines, len(results), provenance)
+
+
+def _best_rate(arms: list[Result]) -> float | None:
+    """The learning rate with the lowest validation NLL; None as long as no arm has been validated."""
+    validated = [arm for arm in arms if arm["validation"]]
+    if not validated:
+        return None
+
+    def nll(arm: Result) -> float:
+        return statistics.mean(of["nll"] for of in arm["validation"].values())
+
+    best: float = min(validated, key=nll)["lr"]
+    return best
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """
+    One side against another, over the targets and seeds that both have.
+
+    Args:
+        ours (`tuple[str, str]`), theirs (`tuple[str, str]`): Data and parameters of the sides.
+        exact_match (`dict`): Of the difference, ours minus theirs, `mean`, and `low` and `high` of the 95 % interval. What
+            is resampled are test rows, each with the mean of its differences over the seeds.
+        nll (`dict`): The same; what is resampled are pairs of target and seed. Lower is better.
+        of_targets (`dict[str, dict]`): `exact_match` for each target alone.
+        pairs (`int`): Pairs of target and seed.
+    """
+
+    ours: tuple[str, str]
+    theirs: tuple[str, str]
+    exact_match: Result
+    nll: Result
+    of_targets: dict[str, Result]
+    pairs: int
+
+
+def compare(
+    evidence: Evidence, ours: tuple[str, str], theirs: tuple[str, str], setting: str = "mixed", epochs: int = 3
+) -> Comparison | None:
+    """Compare two sides in a setting; None where there is no target and seed that both have."""
+    rows: dict[str, list[float]] = {}
+    nll: list[float] = []
+    for target in evidence.targets:
+        a, b = (evidence.lines.get((setting, target, *side, epochs)) for side in (ours, theirs))
+        if a is None or b is None:
+            continue
+        seeds = sorted(set(a.tests) & set(b.tests))
+        if not seeds:
+            continue
+        nll += [a.tests[seed]["nll"] - b.tests[seed]["nll"] for seed in seeds]
+        of_seeds = [_differences(a.tests[seed]["right"], b.tests[seed]["right"]) for seed in seeds]
+        rows[target] = torch.tensor(of_seeds, dtype=torch.float64).mean(dim=0).tolist()
+    if not nll:
+        return None
+    return Comparison(
+        ours,
+        theirs,
+        exact_match=_bootstrap_within(rows.values()),
+        nll=bootstrap(nll),
+        of_targets={target: _bootstrap_within([values]) for target, values in rows.items()},
+        pairs=len(nll),
+    )
+
+
+def _differences(ours: str, theirs: str) -> list[int]:
+    return [int(a) - int(b) for a, b in zip(ours, theirs, strict=True)]
+
+
+def _bootstrap_within(groups: Iterable[list[float]]) -> Result:
+    """Mean over groups of their means, with the 95 % interval of a bootstrap that resamples within each group."""
+    generator = torch.Generator().manual_seed(0)
+    means, resampled = [], []
+    for group in groups:
+        values = torch.tensor(group, dtype=torch.float64)
+        means.append(values.mean())
+        drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
+        resampled.append(values[drawn].mean(dim=1))
+    quantiles = torch.stack(resampled).mean(dim=0).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    low, high = quantiles.tolist()
+    return {"mean": float(torch.stack(means).mean()), "low": low, "high": high}

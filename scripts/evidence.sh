@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# From a fresh machine to the small profile's results, docs/results.md and its pictures; about an hour on two cores.
+# Arms that have a result are not run again: for other numbers than ours, name an empty folder as RESULTS.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=${VENV:-.venv}
+bash scripts/environment.sh "$venv" quickstart,plots,bm25
+export OMP_NUM_THREADS=1
+output=${RESULTS:-benchmarks/results/evidence}
+"$venv/bin/python" benchmarks/run_evidence.py run "${PROFILE:-benchmarks/evidence/profiles/small.yaml}" \
+    --jobs "${JOBS:-$(nproc)}" --output "$output" "$@"
+"$venv/bin/python" benchmarks/run_evidence.py report --output "$output"
