@@ -222,7 +222,7 @@ class Training:
         max_tokens_of_passage (`int`): The same of a passage.
         dtype (`str`): `"bfloat16"` (autocast), `"float32"`, or `"auto"`: what this machine is faster in.
         model_dtype (`str`): What the weights are in.
-        gradient_checkpointing (`bool`): Whether to keep memory for time, in all arms.
+        activation_checkpointing (`bool`): Whether to keep memory for time, in all arms.
     """
 
     batch_size: int = 8
@@ -231,7 +231,7 @@ class Training:
     max_tokens_of_passage: int = 128
     dtype: str = "auto"
     model_dtype: str = "float32"
-    gradient_checkpointing: bool = False
+    activation_checkpointing: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,429 @@
+"""The evidence's harness runs, on a tiny model; and what it says follows from what it measured."""
+
+import dataclasses
+import json
+import random
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from trl import SFTTrainer
+
+from .benchmark_files import BENCHMARKS, load_benchmark
+from .tiny_data import rows
+from .tiny_models import tiny_model, tiny_tokenizer
+
+
+run_evidence = load_benchmark("run_evidence")
+adapt, bigbench, claims, page, problem, profile, summary, tasks = (
+    load_benchmark(f"evidence.{name}")
+    for name in ("adapt", "bigbench", "claims", "page", "problem", "profile", "summary", "tasks")
+)
+ROOT = BENCHMARKS.parent
+PROFILES = sorted((BENCHMARKS / "evidence" / "profiles").glob("*.yaml"))
+
+
+def tiny_tasks():
+    made = {
+        name: [{**row, "task": name, "options": []} for row in rows(200, seed) if row["task"] == name]
+        for seed, name in enumerate(("copy", "count"))
+    }
+    for row in made["count"]:
+        right = row["completion"].strip()
+        row["options"] = [right, str(int(right) + 1)]
+    for name, of_task in made.items():
+        made[name] = list({row["prompt"]: row for row in of_task}.values())
+    return {**made, "passages": [{"text": f"a text of {word} words"} for word in ("some", "many", "few")]}
+
+
+def a_profile(**changes):
+    return {
+        "model": "tiny",
+        "seeds": [0, 1],
+        "problem": {
+            "pool_rows": 20,
+            "own_rows": 30,
+            "target_rows": 4,
+            "validation_rows": 6,
+            "test_rows": 10,
+            "passages": 3,
+            "option_rows": 4,
+        },
+        "training": {"batch_size": 4, "dtype": "float32"},
+        "learning_rates": {"full": [1e-2], "heads": [1e-4, 3e-1], "lora-attention": [1e-3]},
+        "arms": [
+            {
+                "settings": ["mixed"],
+                "targets": ["copy", "count"],
+                "data": ["affinity:proxy"],
+                "parameters": ["heads:proxy", "heads:random", "lora-attention"],
+                "epochs": [3],
+            },
+            {
+                "settings": ["mixed"],
+                "targets": ["copy"],
+                "data": ["random", "affinity:random", "affinity:all"],
+                "parameters": ["heads:proxy"],
+                "epochs": [3],
+                "seeds": [0],
+            },
+            {"settings": ["mixed"], "targets": ["any"], "data": ["full"], "parameters": ["full"], "epochs": [3]},
+        ],
+        **changes,
+    }
+
+
+def write_profile(folder, **changes):
+    path = folder / "profile.yaml"
+    path.write_text(yaml.safe_dump(a_profile(**changes)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The folder of results, and the arguments that made them."""
+    folder = tmp_path_factory.mktemp("evidence")
+    tiny_model(num_hidden_layers=4).save_pretrained(folder / "tiny")
+    tiny_tokenizer().save_pretrained(folder / "tiny")
+    path = write_profile(folder)
+    arguments = ["run", str(path), "--model", str(folder / "tiny"), "--output", str(folder / "results")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_evidence, "load_tasks", lambda *_: tiny_tasks())
+        run_evidence.main(arguments)
+    return folder / "results", arguments
+
+
+@pytest.fixture
+def with_tiny_tasks(monkeypatch):
+    monkeypatch.setattr(run_evidence, "load_tasks", lambda *_: tiny_tasks())
+
+
+def test_a_profile_in_full(results, with_tiny_tasks, monkeypatch):
+    folder, arguments = results
+    files = sorted((folder / "arms").iterdir())
+    read = [json.loads(path.read_text()) for path in files]
+    # 6 + 3 cells, of which 7 have heads and so two rates with the first seed, 7 run again with the second; and the reference
+    assert len(files) == len(read) == 7 * 2 + 2 + 6 + 2
+    text = "".join(path.read_text() for path in folder.rglob("*.json"))
+    assert str(folder.parent) not in text and "copy " not in text  # it is published, without a path or a row
+    for result in read:
+        assert result["seconds"]["train"]["cpu"] > 0 and result["trained_parameters"] > 0
+        assert (result["validation"] is None) == (result["seed"] == 1)
+        for target, test in result["test"].items():
+            assert len(test["right"]) == 10 and test["right"].count("1") == 10 * test["exact_match"]
+            assert ("options_accuracy" in test) == (target == "count")
+    # the second seed has the rate that was best on the validation rows
+    of_cell = [
+        r for r in read if (r["target"], r["parameters"]) == ("copy", "heads:proxy") and r["data"] == "affinity:proxy"
+    ]
+    first = {r["lr"]: r["validation"]["copy"]["nll"] for r in of_cell if r["seed"] == 0}
+    assert [r["lr"] for r in of_cell if r["seed"] == 1] == [min(first, key=first.get)]
+
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
+    monkeypatch.setattr(run_evidence.Runner, "run", lambda *_: pytest.fail("an arm was run again"))
+    run_evidence.main(arguments)
+    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
+
+
+def test_an_arm_is_the_same_when_it_is_run_again_alone(results, with_tiny_tasks, tmp_path):
+    folder, arguments = results
+    shutil.copytree(folder, tmp_path / "results")
+    name = "mixed-copy-affinity.random-heads.proxy-epochs3-lr0.3-seed0.json"
+    for path in [tmp_path / "results" / "arms" / name, *(tmp_path / "results" / "rows").iterdir()]:
+        path.unlink()
+    run_evidence.main([*arguments[:-1], str(tmp_path / "results")])
+    before, after = (json.loads((root / "arms" / name).read_text()) for root in (folder, tmp_path / "results"))
+    for changing in ("seconds", "peak_memory_bytes", "load_average", "command"):
+        del before[changing], after[changing]
+    assert before == after
+
+
+def test_other_sizes_go_into_another_folder(results, with_tiny_tasks, tmp_path):
+    _, arguments = results
+    path = write_profile(tmp_path, problem={**a_profile()["problem"], "test_rows": 5})
+    with pytest.raises(ValueError, match="holds results with other settings"):
+        run_evidence.main([arguments[0], str(path), *arguments[2:]])
+
+
+def test_parts_are_all(tmp_path):
+    read = profile.Profile.read(write_profile(tmp_path))
+    whole = list(profile.planned(read, lambda cell: 1e-4))
+    halves = [list(profile.planned(read, lambda cell: 1e-4, (i, 2))) for i in range(2)]
+    assert sorted(arm.file for half in halves for arm in half) == sorted(arm.file for arm in whole)
+    assert len({arm.file for arm in whole}) == len(whole)
+    assert not {arm.cell for arm in halves[0]} & {arm.cell for arm in halves[1]}
+
+
+def test_the_summary(results):
+    folder, _ = results
+    evidence = summary.read_evidence(folder)
+    reference = evidence.lines["mixed", "copy", "full", "full", 3]
+    assert evidence.aer(reference) == 1.0  # nothing is chosen, and it is its own measure
+    ours = evidence.lines["mixed", "copy", "affinity:proxy", "heads:proxy", 3]
+    charged = ours.seconds("localize") + ours.seconds("select") + ours.seconds("train")
+    assert evidence.aer(ours) == pytest.approx(charged / reference.seconds("train"))
+    assert ours.seconds("localize") == 0  # charged with the rows that were chosen by the same heads
+    other = evidence.lines["mixed", "copy", "affinity:random", "heads:proxy", 3]
+    assert other.seconds("localize") > 0
+
+    compared = summary.compare(evidence, claims.P2D, claims.LORA)
+    lora = [evidence.lines[("mixed", target, *claims.LORA, 3)] for target in ("copy", "count")]
+    p2d = [evidence.lines[("mixed", target, *claims.P2D, 3)] for target in ("copy", "count")]
+    mean = sum(a.mean("exact_match") - b.mean("exact_match") for a, b in zip(p2d, lora, strict=True)) / 2
+    assert compared.pairs == 4
+    assert compared.exact_match["mean"] == pytest.approx(mean)
+    assert compared.exact_match["low"] <= mean <= compared.exact_match["high"]
+    assert summary.compare(evidence, claims.P2D, ("bm25", "heads:proxy")) is None
+
+
+def evidence_of(sides):
+    """Made-up results of two targets, two seeds and 40 test rows: for each side how many are right, its seconds and NLL."""
+    lines = {}
+    for (data, parameters), (right, seconds, nll) in sides.items():
+        for target in ("a", "b"):
+            test = {"right": "1" * right + "0" * (40 - right), "exact_match": right / 40, "nll": nll}
+            stage = {"cpu": seconds, "wall": 0.0}
+            nothing = {"cpu": 0.0, "wall": 0.0}
+            arm = {"seconds": {"localize": nothing, "select": nothing, "train": stage}, "passages_nll": nll}
+            arm |= {"memory_kind": "process"}
+            key = ("mixed", target, data, parameters, 3)
+            lines[key] = summary.Line(*key, 1e-3, {0: arm, 1: arm}, {0: test, 1: test})
+    base = {target: {"passages_nll": 1.0} for target in ("a", "b")}
+    return summary.Evidence({}, base, lines, 0, [])
+
+
+SIDES = {
+    ("affinity:proxy", "heads:proxy"): (30, 8.0, 1.0),
+    ("affinity:proxy", "heads:random"): (20, 8.0, 1.5),
+    ("affinity:proxy", "lora-attention"): (28, 9.0, 1.2),
+    ("random", "heads:proxy"): (15, 8.0, 2.0),
+    ("affinity:random", "heads:proxy"): (30, 8.0, 1.0),
+    ("affinity:all", "heads:proxy"): (25, 8.0, 1.0),
+    ("full", "full"): (30, 100.0, 1.0),
+}
+
+
+def test_claims():
+    heads, data, coupling, whole, forgetting = claims.judge(evidence_of(SIDES))
+    assert heads.verdict == claims.UNDECIDED  # two targets of four: two more could still make it three
+    assert "+25.0 points" in heads.figures[0] and "2 of 2 targets" in heads.figures[0]
+    assert data.verdict == claims.UNDECIDED and "own pool: not run" in data.figures
+    assert coupling.verdict == claims.NOT_HELD  # no better than rows by random heads
+    assert whole.verdict == claims.HELD and "AER 0.080" in whole.figures[1]
+    assert forgetting.verdict == claims.HELD
+
+    worse = {**SIDES, ("full", "full"): (35, 100.0, 1.0), ("random", "heads:proxy"): (29, 8.0, 1.0)}
+    worse["affinity:proxy", "lora-attention"] = (28, 9.0, 0.9)
+    verdicts = [claim.verdict for claim in claims.judge(evidence_of(worse))]
+    assert verdicts[1:] == [claims.NOT_HELD, claims.NOT_HELD, claims.NOT_HELD, claims.NOT_HELD]
+    expensive = {**SIDES, ("affinity:proxy", "heads:proxy"): (30, 11.0, 1.0)}
+    assert claims.judge(evidence_of(expensive))[3].verdict == claims.NOT_HELD
+    nothing = claims.judge(evidence_of({}))
+    assert {claim.verdict for claim in nothing} == {claims.UNDECIDED}
+
+
+def test_the_report(results, tmp_path):
+    pytest.importorskip("matplotlib")
+    folder, _ = results
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{page.README_START}\nold\n{page.README_END}\nafter\n")
+    run_evidence.report(folder, tmp_path / "docs", readme)
+    text = (tmp_path / "docs" / "results.md").read_text()
+    assert "Heads matter" in text and "## One task in a mixed pool" in text
+    for picture in ("aer.svg", "stages.svg", "heads.svg"):
+        assert f"results/{picture}" in text
+        assert (tmp_path / "docs" / "results" / picture).read_text().startswith("<?xml")
+    made = readme.read_text()
+    assert made.startswith("before\n") and made.endswith("after\n") and "old" not in made
+    assert "`affinity:proxy` | `heads:proxy`" in made
+
+    once = {path: path.read_bytes() for path in (tmp_path / "docs").rglob("*.*")}
+    run_evidence.report(folder, tmp_path / "docs", readme)
+    assert once == {path: path.read_bytes() for path in (tmp_path / "docs").rglob("*.*")}
+    readme.write_text("without marks")
+    with pytest.raises(ValueError, match="lacks the lines"):
+        run_evidence.report(folder, tmp_path / "docs", readme)
+
+
+def test_what_is_published_is_what_the_results_say():
+    """`docs/results.md` and the README's table are made by `run_evidence.py report`, and not by hand."""
+    evidence = summary.read_evidence(run_evidence.RESULTS)
+    pictures = sorted((ROOT / "docs" / "results").glob("*.svg"), key=lambda path: list(page.PICTURES).index(path.name))
+    text = page.page(evidence, run_evidence.RESULTS, [path.name for path in pictures])
+    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == text
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert page.with_results(readme, page.readme_table(evidence)) == readme
+
+
+# -- problems
+
+
+def sizes(**changes):
+    return profile.Problem(**{**a_profile()["problem"], **changes})
+
+
+def a_cell(setting, target="copy", data="affinity:proxy", parameters="heads:proxy"):
+    return profile.Cell(setting, target, profile.Data.read(data), profile.Parameters.read(parameters), 3)
+
+
+@pytest.mark.parametrize("setting", profile.SETTINGS)
+def test_no_held_out_row_is_in_the_pool_or_the_target(setting):
+    made = [problem.split(tiny_tasks(), a_cell(setting), ["copy"], sizes(), seed) for seed in (0, 1, 0)]
+    assert made[0] == made[2] != made[1]
+    assert made[0].test == made[1].test and made[0].validation == made[1].validation
+    prompts = [
+        row["prompt"] for row in [*made[0].pool, *made[0].target, *made[0].test["copy"], *made[0].validation["copy"]]
+    ]
+    assert len(prompts) == len(set(prompts))
+    tasks_in_pool = [row["task"] for row in made[0].pool]
+    expected = {"mixed": (20, 20), "corrupted": (20, 20), "absent": (0, 20), "own": (30, 0)}[setting]
+    assert (tasks_in_pool.count("copy"), tasks_in_pool.count("count")) == expected
+    wrong = [row for row in made[0].pool if not row["right"]]
+    assert len(wrong) == (12 if setting == "corrupted" else 0)
+    right = {
+        row["prompt"]: row["completion"] for of_task in tiny_tasks().values() for row in of_task if "prompt" in row
+    }
+    assert all((right[row["prompt"]] == row["completion"]) == row["right"] for row in made[0].pool)
+
+
+def test_a_pool_is_the_same_for_all_targets():
+    pools = [problem.split(tiny_tasks(), a_cell("mixed", name), [name], sizes(), 0).pool for name in ("copy", "count")]
+    assert pools[0] == pools[1]
+
+
+def test_too_few_rows_and_leaks_are_told_of():
+    with pytest.raises(ValueError, match="rows left for the pool, asked for are 1000"):
+        problem.split(tiny_tasks(), a_cell("mixed"), ["copy"], sizes(pool_rows=1000), 0)
+    twice = tiny_tasks()
+    twice["copy"] = [twice["copy"][0], *twice["copy"]] + twice["copy"]
+    with pytest.raises(ValueError, match=r"held-out prompts are in the|are in the pool"):
+        problem.split(twice, a_cell("own"), ["copy"], sizes(own_rows=100), 0)
+    with pytest.raises(ValueError, match="is not one of the tasks"):
+        problem.split(tiny_tasks(), a_cell("mixed", "nothing"), ["nothing"], sizes(), 0)
+
+
+# -- profiles
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_our_profiles_are_valid(path, capsys):
+    run_evidence.main(["check", str(path)])
+    assert "arms" in capsys.readouterr().out
+    read = profile.Profile.read(path)
+    names = set(read.tasks or bigbench.TASKS)
+    assert set(read.targets()) <= names
+    for cell in read.cells():  # each can be made
+        config = adapt.adapter_config(cell.parameters.adapter, None, 0)
+        assert (config is None) == (cell.parameters.adapter == "full")
+
+
+def test_the_small_profile_is_part_of_the_full_one():
+    small, full = (profile.Profile.read(PROFILES[0].with_name(f"{name}.yaml")) for name in ("small", "full"))
+    assert (small.model, small.problem, small.training) == (full.model, full.problem, full.training)
+    assert set(small.cells()) <= set(full.cells())
+    assert all(full.learning_rates[name] == rates for name, rates in small.learning_rates.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": [{**a_profile()["arms"][0], "data": ["affinity"]}]}, "write SCORER:HEADS"),
+        ({"arms": [{**a_profile()["arms"][0], "data": ["bm25:proxy"]}]}, "write SCORER:HEADS"),
+        ({"arms": [{**a_profile()["arms"][0], "data": ["best"]}]}, "'best' is neither 'full' nor"),
+        ({"arms": [{**a_profile()["arms"][0], "parameters": ["heads:best"]}]}, "write heads:METHOD"),
+        ({"arms": [{**a_profile()["arms"][0], "parameters": ["heads:gate/nowhere"]}]}, "write heads:METHOD"),
+        ({"arms": [{**a_profile()["arms"][0], "parameters": ["heads:gate@2"]}]}, "must be in"),
+        ({"arms": [{**a_profile()["arms"][0], "parameters": ["dora"]}]}, "'dora' is not one of"),
+        ({"arms": [{**a_profile()["arms"][0], "targets": ["any"]}]}, "depends on a target"),
+        ({"arms": [{**a_profile()["arms"][0], "settings": ["easy"]}]}, "easy"),
+        ({"arms": [{**a_profile()["arms"][0], "seeds": [7]}]}, "not among the profile's"),
+        ({"arms": [{**a_profile()["arms"][0], "seed": [0]}]}, "seed"),
+        ({"learning_rates": {"heads": [1e-3]}}, "has none for 'full'"),
+        ({"problem": {"rows": 3}}, "rows"),
+    ],
+)
+def test_what_a_profile_cannot_say(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        profile.Profile.read(write_profile(tmp_path, **changes))
+
+
+# -- the training
+
+
+def test_the_trainers_loss_is_that_of_sft_trainer(tmp_path):
+    data = problem.as_dataset(rows(8))
+    arguments = adapt.training_arguments(
+        profile.Training(batch_size=4), tmp_path, epochs=1, lr=1e-2, seed=0, bf16=False, on_cpu=True
+    )
+    trained = []
+    for kind in (SFTTrainer, adapt.AnswerTrainer):
+        model = tiny_model()
+        kind(model, dataclasses.replace(arguments), train_dataset=data, processing_class=tiny_tokenizer()).train()
+        trained.append(model.state_dict())
+    start = tiny_model().state_dict()
+    moved = sum(float((trained[0][name] - start[name]).abs().sum()) for name in start)
+    apart = sum(float((trained[0][name] - trained[1][name]).abs().sum()) for name in start)
+    assert apart < 1e-3 * moved
+
+
+def test_rows_of_bigbench():
+    draw = random.Random(0)
+    choice = {"input": "Which?", "target_scores": {"one": 0, "two": 1, "three": 0}}
+    row = bigbench.TASKS["sentiment"][1](choice, draw)
+    assert row["completion"] == " two" and sorted(row["options"]) == ["one", "three", "two"]
+    assert row["prompt"].startswith("Sentiment of this review sentence?\nWhich?\nOptions: ")
+    assert bigbench.TASKS["hyperbaton"][1]({**choice, "target_scores": {"one": 1, "two": 1}}, draw) is None
+    free = bigbench.TASKS["qasc"][1]({"input": "Fact: a.", "target": ["an answer"]}, draw)
+    assert free == {
+        "task": "",
+        "prompt": "Answer from the fact.\nFact: a.\nAnswer:",
+        "completion": " an answer",
+        "options": [],
+    }
+
+
+def test_tasks_of_datasets(tmp_path, monkeypatch):
+    folder = tmp_path / "gsm8k"
+    folder.mkdir()
+    lines = [{"question": f"{i} + 1?", "answer": str(i + 1)} for i in (*range(5), 0)]
+    (folder / "train.json").write_text(json.dumps(lines))
+    monkeypatch.setattr(bigbench, "fetch", lambda: tiny_tasks())
+    read = profile.Profile.read(PROFILES[0].with_name("gsm8k.yaml"))
+    made = tasks.load_tasks(read, {"openai/gsm8k": str(folder)})
+    assert set(made) == {"gsm8k", "passages"}
+    assert {row["prompt"]: row["completion"] for row in made["gsm8k"]} == {
+        f"{i} + 1?\nAnswer:": f" {i + 1}" for i in range(5)
+    }
+
+
+def test_options():
+    base = load_benchmark("evidence.base")
+    arguments = adapt.training_arguments(
+        profile.Training(), Path("unused"), epochs=1, lr=1e-3, seed=0, bf16=False, on_cpu=True
+    )
+
+    class Knows(torch.nn.Module):
+        """Thinks that after any token comes a `7`."""
+
+        def __init__(self, tokenizer):
+            super().__init__()
+            self.anchor = torch.nn.Parameter(torch.zeros(1))
+            self.likely, self.size = tokenizer("7")["input_ids"][-1], len(tokenizer)
+
+        def forward(self, input_ids, logits_to_keep, past_key_values=None, use_cache=False, **_):
+            logits = torch.zeros(len(input_ids), min(logits_to_keep, input_ids.shape[1]), self.size)
+            logits[..., self.likely] = 5.0
+            cache = type("Cache", (), {"batch_repeat_interleave": lambda self, n: None})() if use_cache else None
+            return type("Output", (), {"logits": logits, "past_key_values": cache})()
+
+    asked = [
+        {"prompt": "count a?", "completion": " 7", "options": ["3", "7"]},
+        {"prompt": "count b?", "completion": " 3", "options": ["3", "7", "5"]},
+        {"prompt": "free", "completion": " text", "options": []},
+    ]
+    found = base.judge_options(Knows(tiny_tokenizer()), asked, tiny_tokenizer(), arguments, nullcontext)
+    assert found == {"options_accuracy": 0.5, "options_guess": pytest.approx((1 / 2 + 1 / 3) / 2)}
+    assert base.judge_options(Knows(tiny_tokenizer()), asked[2:], tiny_tokenizer(), arguments, nullcontext) == {}
