@@ -12,17 +12,6 @@ from ..heads import ModelGeometry
 from .config import P2DConfig
 
 
-def check_type(name: str, value: Any, types: tuple[type, ...], wanted: str) -> None:
-    """
-    Check an optional argument.
-
-    Raises:
-        `TypeError`: if it is of another type.
-    """
-    if value is not None and not isinstance(value, types):
-        raise TypeError(f"`{name}` must be {wanted}, got {type(value).__name__}.")
-
-
 def check_sharding(args: P2DConfig) -> None:
     """
     Check that the first two stages can run the model, which is whole on each rank until training starts, but for ZeRO-3.

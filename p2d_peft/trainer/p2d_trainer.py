@@ -14,6 +14,7 @@ from datasets import Dataset, IterableDataset
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from trl import SFTTrainer
 
+from ..argument_checks import check_type
 from ..efficiency import StageClock, StageCosts
 from ..heads import HeadScores, HeadSet, ModelGeometry
 from ..heads.localize import needs_weights
@@ -25,7 +26,7 @@ from ..selection.selector import needs_heads
 from ..tuners import HeadSparseConfig
 from .added_tokens import brings_tokens, learn_tokens, load_processing_class, vocabulary
 from .arguments import as_p2d_config, changed
-from .checks import check_attention, check_optimizer, check_sharding, check_type
+from .checks import check_attention, check_optimizer, check_sharding
 from .choosing import choose, scores_folder
 from .config import P2DConfig
 from .deferred_adapter import BackwardEndsAtLowestHead, DeferredAdapter, attach
