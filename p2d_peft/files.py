@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 
 _HOW_TO_GO_ON = "What was there before is as it was; make room, or give a place that can be written to."
 
@@ -49,8 +51,8 @@ def _naming(target: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno is None:  # not of the system but of a library
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) is None:  # not of the system but of a library
             raise OSError(f"'{target}' could not be written: {error}. {_HOW_TO_GO_ON}") from error
         # folders that are there are no error, so what exists is a file in the place of one
         number = errno.ENOTDIR if isinstance(error, FileExistsError) else error.errno
@@ -72,9 +74,9 @@ def check_new(target: str | Path) -> None:
 
 def check_writable(target: str | Path) -> None:
     """
-    Check, before any work, that a file or folder can be made or replaced: that something can be made in the folder that it
-    goes to, or in the nearest one that is there. What the permissions say is not enough, as they do not bind root, and a
-    file system may be read-only.
+    Check, before any work, that a file can be made or replaced: that something can be made in the folder that it goes to, or
+    in the nearest one that is there. What the permissions say is not enough, as they do not bind root, and a file system may
+    be read-only.
 
     Raises:
         `OSError`: if it cannot; the message names `target`.
@@ -83,7 +85,8 @@ def check_writable(target: str | Path) -> None:
     # os.path: what lies beneath a file, or has too long a name, is not there
     folder = next(folder for folder in target.absolute().parents if os.path.lexists(folder))
     with _naming(target), tempfile.TemporaryFile(dir=folder):
-        pass
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "")
 
 
 @contextmanager

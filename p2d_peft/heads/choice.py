@@ -73,7 +73,7 @@ def layer_bounds(per_layer: int | tuple[int | None, int | None] | None) -> tuple
     pair = per_layer if isinstance(per_layer, (tuple, list)) else (None, per_layer)
     if len(pair) != 2 or not all(bound is None or is_index(bound) for bound in pair):
         raise ValueError(
-            "`per_layer` must be the most heads a layer, a pair (least, most) or 'even', got "
+            "`per_layer` must be 'even', the most heads a layer, or a pair (least, most), got "
             f"{shown(per_layer)}; bounds are integers."
         )
     least, most = pair[0] or 0, math.inf if pair[1] is None else pair[1]

@@ -123,7 +123,9 @@ class HeadSet(Set, Hashable):
             raise TypeError(f"`layers` must be a mapping from layers to lists of heads, got {shown(layers)}.")
         for layer, heads in layers.items():
             if isinstance(heads, str) or not isinstance(heads, Iterable):
-                raise TypeError(f"`layers` must map each layer to a list of heads, got {shown(heads)} for {shown(layer)}.")
+                raise TypeError(
+                    f"`layers` must map each layer to a list of heads, got {shown(heads)} for {shown(layer)}."
+                )
         return cls(
             (int(layer) if isinstance(layer, str) and _NUMBER.fullmatch(layer) else layer, head)
             for layer, heads in layers.items()

@@ -322,4 +322,6 @@ def _table(rows: Any) -> torch.Tensor:
     for value in (value for row in rows for value in row):
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise ValueError(f"'values' must hold numbers and None, got {shown(value)}.")
-    return torch.tensor([[math.nan if value is None else float(value) for value in row] for row in rows], dtype=torch.float64)
+    return torch.tensor(
+        [[math.nan if value is None else float(value) for value in row] for row in rows], dtype=torch.float64
+    )

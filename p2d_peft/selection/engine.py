@@ -115,15 +115,15 @@ class ScoringEngine:
         except BaseException as error:
             if self.cache_dir is not None and done:
                 logger.warning(
-                    "Scoring stopped. The scores of %d rows are in '%s'; run the same again with this `cache_dir` to go "
-                    "on from there.",
+                    "Scoring stopped. The scores of %d rows are kept in '%s': the same run, started again, goes on from "
+                    "there.",
                     sum(len(scored.scores) for scored in done),
                     self.cache_dir,
                 )
             elif isinstance(error, KeyboardInterrupt):
                 logger.warning(
-                    "Scoring stopped. No scores are kept: they are from the first %s rows on, with a `cache_dir`. The model "
-                    "is as it was.",
+                    "Scoring stopped. No scores are kept, and the model is as it was. With a `cache_dir` scores are kept for "
+                    "every %d rows.",
                     SHARD_ROWS,
                 )
             raise

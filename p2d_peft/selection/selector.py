@@ -55,6 +55,11 @@ def needs_heads(scorer: ScorerName) -> bool:
     return _SCORERS[scorer].needs_heads
 
 
+def needs_target(scorer: ScorerName) -> bool:
+    """Whether a scorer needs samples of the task."""
+    return _SCORERS[scorer].needs_target
+
+
 class P2DDataSelector:
     """
     Scores the rows of a pool and keeps the best of them (P2D section 3.2.2).

@@ -86,7 +86,9 @@ class P2DState:
         heads, reference = data.get("heads"), data.get("reference")
         parts = {
             "heads": heads and HeadSet.from_dict(heads),
-            "reference": Reference(**checked_fields(Reference, reference)) if isinstance(reference, Mapping) else reference,
+            "reference": Reference(**checked_fields(Reference, reference))
+            if isinstance(reference, Mapping)
+            else reference,
         }
         # what has a default here is written all the same; without it the run would go on with other rows
         if missing := sorted({entry.name for entry in fields(cls)} - set(data)):

@@ -1,4 +1,6 @@
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 from datasets import IterableDataset
@@ -49,6 +51,10 @@ def given(monkeypatch):
             Stub.kwargs, Stub.calls = kwargs, []
             self.accelerator = self
 
+        def train(self, **kwargs):
+            Stub.calls.append(("train", (), kwargs))
+            return SimpleNamespace(metrics={})
+
         def __getattr__(self, name):
             return lambda *args, **kwargs: Stub.calls.append((name, args, kwargs))
 
@@ -64,7 +70,9 @@ def test_a_recipe_runs_and_flags_override_it(recipe, tmp_path, capsys):
     assert isinstance(config, HeadSparseConfig)
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     printed = capsys.readouterr().out
-    assert "selected rows             6" in printed and f"saved to {tmp_path}/out" in printed
+    assert re.search(r"^\*+ train metrics \*+$", printed, re.MULTILINE)
+    assert re.search(r"^  train_p2d_selected_rows +=  +6$", printed, re.MULTILINE)
+    assert f"saved to {tmp_path}/out; `p2d report {tmp_path}/out` tells what was chosen" in printed
 
 
 def test_use_peft_trains_lora_on_the_selected_rows(recipe, tmp_path):
