@@ -52,10 +52,11 @@ def _naming(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) is None:  # not of the system but of a library
+        number = error.errno if isinstance(error, OSError) else None
+        if number is None:  # not of the system but of a library
             raise OSError(f"'{target}' could not be written: {error}. {_HOW_TO_GO_ON}") from error
-        # folders that are there are no error, so what exists is a file in the place of one
-        number = errno.ENOTDIR if isinstance(error, FileExistsError) else error.errno
+        if isinstance(error, FileExistsError):  # a file in the place of a folder: folders that are there are no error
+            number = errno.ENOTDIR
         raise OSError(number, f"'{target}' could not be written: {os.strerror(number)}. {_HOW_TO_GO_ON}") from error
 
 

@@ -53,7 +53,8 @@ def check_runnable(model: nn.Module) -> None:
 
 def embedded_tokens(model: nn.Module) -> int | None:
     """For how many tokens a model has embeddings; None where it does not say."""
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    get_input_embeddings = getattr(model, "get_input_embeddings", None)
+    embeddings = get_input_embeddings() if get_input_embeddings is not None else None
     # an attribute, as the weight of a sharded one is empty
     return getattr(embeddings, "num_embeddings", None)
 

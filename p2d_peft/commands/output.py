@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -16,11 +17,18 @@ from ..printable import printable
 _SPEAKING = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """A parser that tells of an error in one line, where argparse prints the usage before."""
+class OneLineErrors:
+    """Mixin of parsers that tell of an error in one line, where argparse prints the usage before."""
+
+    prog: str
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {printable(message)} (see `{self.prog} --help`)\n")
+        print(f"{self.prog}: {printable(message)} (see `{self.prog} --help`)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class OneLineParser(OneLineErrors, argparse.ArgumentParser):
+    """The parser of `p2d`."""
 
 
 def error_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from ..dataset_files import is_dataset_file, read_dataset
 from ..trainer import P2DConfig
 from .common import read_heads
 from .launch import is_launched, launch, launch_arguments
-from .output import OneLineParser
+from .output import OneLineErrors
 
 
 # Optional[...] rather than X | None, and no `from __future__ import annotations`: HfArgumentParser reads the types.
@@ -67,7 +67,7 @@ def make_parser(prog: Optional[str] = None) -> TrlParser:  # noqa: UP045
     return _Parser((P2DScriptArguments, P2DConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
 
 
-class _Parser(OneLineParser, TrlParser):
+class _Parser(OneLineErrors, TrlParser):
     """TRL's parser, whose usage takes some hundred lines."""
 
 

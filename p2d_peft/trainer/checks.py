@@ -65,7 +65,7 @@ def check_attention(model: str, args: P2DConfig, heads: HeadSet | None = None) -
         `ValueError`: as [`ModelGeometry.of`] does, or if the model lacks one of `heads`.
     """
     kwargs = args.model_init_kwargs or {}
-    trust = kwargs.get("trust_remote_code", args.trust_remote_code)
+    trust = bool(kwargs.get("trust_remote_code", args.trust_remote_code))
     geometry = geometry_of_saved(model, kwargs.get("revision"), trust)
     if geometry is not None and heads is not None:
         geometry.check(heads)
