@@ -35,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     args, unknown = parser.parse_known_args(arguments)
     if unknown and args.command != "sft":
+        parser.prog += f" {args.command}"
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         # a report is all that `p2d report` is asked for
