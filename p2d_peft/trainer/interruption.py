@@ -36,7 +36,9 @@ def _how_to_go_on(trainer: P2DTrainer) -> str:
         )
         kept = "The model is as it was."
         if trainer.head_scores is not None:
-            kept += " The scores of all heads are in `trainer.head_scores`; a new process finds them anew, and the same."
+            kept += (
+                " The scores of all heads are in `trainer.head_scores`; a new process finds them anew, and the same."
+            )
         return f"Interrupted while {stage}. {kept} Start the same run again to go on from the scores of rows that are kept."
     checkpoint = get_last_checkpoint(trainer.args.output_dir)
     if checkpoint is not None:

@@ -10,7 +10,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 
 from p2d_peft import HeadScores, HeadSet, HeadSparseConfig, P2DConfig
 from p2d_peft.efficiency import alignment_efficiency_ratio
-from p2d_peft.heads import ModelGeometry
+from p2d_peft.heads import ModelGeometry, register_attention_layout
 from p2d_peft.selection.policies import Diverse, LengthBetween, Quotas, WithoutNearDuplicates
 from p2d_peft.tuners.head_sparse import convert_to_lora
 
@@ -90,6 +90,7 @@ HEADS_OF = (
     ),
     Case("compared with text", lambda: scores().compare("x"), TypeError, ("`other` must be a `HeadScores`", "str")),
     Case("the geometry of a name", lambda: ModelGeometry.of("gpt2"), TypeError, ("`model` must be a model", "str")),
+    Case("a layout's name", lambda: register_attention_layout("X", "q"), TypeError, ("`layouts` must be", "str")),
     Case(
         "a negative time", lambda: alignment_efficiency_ratio({"train": -1}, 1), ValueError, ("`stage_seconds`", "-1")
     ),

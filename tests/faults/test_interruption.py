@@ -69,7 +69,11 @@ QUICK = {"reference_steps": 0, "num_train_epochs": 1, "localize_method": "gate"}
     [
         (1, {}, "Interrupted while localizing. The model is as it was."),
         # 6 samples of the target in 2 batches, then the target and the pool
-        (5, {}, "Interrupted while selecting. The model is as it was. The scores of all heads are in `trainer.head_scores`"),
+        (
+            5,
+            {},
+            "Interrupted while selecting. The model is as it was. The scores of all heads are in `trainer.head_scores`",
+        ),
         (
             10,
             {},
