@@ -10,17 +10,26 @@ from .commands.output import OneLineParser, error_line, output_as_wanted
 from .version import __version__
 
 
+_QUIET_FLAG = "--quiet"
+_QUIET = "print nothing but warnings and errors"
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = OneLineParser(prog="p2d", description="From Parameters to Data, step by step and in one.")
     parser.add_argument("--version", action="version", version=f"p2d_peft {__version__}")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
+    parser.add_argument(_QUIET_FLAG, action="store_true", help=_QUIET)
     commands = parser.add_subparsers(dest="command", required=True)
     # TRL's parser, which has some hundred options, takes over what follows
-    commands.add_parser("sft", help="localize, select and train, as `trl sft` trains", add_help=False)
+    commands.add_parser(
+        "sft", help="localize, select and train, as `trl sft` trains", add_help=False, allow_abbrev=False
+    )
     for command in (heads, select, export, report):
         command.add_parser(commands)
+    # behind the command, too, where it is looked for; `--debug` is an option of Trainer's there
+    for command_parser in commands.choices.values():
+        command_parser.add_argument(_QUIET_FLAG, action="store_true", default=argparse.SUPPRESS, help=_QUIET)
     return parser
 
 
@@ -44,7 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
                 from .commands import sft
 
                 place = arguments.index("sft")
-                sft.run(arguments[place + 1 :], of_p2d=arguments[:place])
+                of_p2d = [*arguments[:place], *([_QUIET_FLAG] if args.quiet else [])]
+                sft.run([word for word in arguments[place + 1 :] if word != _QUIET_FLAG], of_p2d)
             else:
                 args.run(args)
     except KeyboardInterrupt:

@@ -41,7 +41,10 @@ def check_runnable(model: nn.Module) -> None:
                 f"`model` has no values in '{name}': it is on the meta device. Load the weights with `from_pretrained`, or "
                 "give them values with `model.to_empty(...)` and `load_state_dict`."
             )
-        if parameter.is_meta or not parameter.numel() or parameter.dtype not in _CHECKED:
+        # what is no plain tensor is sharded or quantized
+        if type(parameter.data) is not torch.Tensor or parameter.dtype not in _CHECKED:
+            continue
+        if parameter.is_meta or not parameter.numel():
             continue
         # NaN goes through both
         if not all(torch.isfinite(bound) for bound in parameter.detach().aminmax()):

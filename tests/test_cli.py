@@ -16,6 +16,7 @@ def test_errors_are_one_line_and_exit_code_two(tmp_path, capsys):
     prompt_completion().to_json(tmp_path / "pool.jsonl")
     command = ["select", "--model", f"{tmp_path}/model", "--pool", f"{tmp_path}/pool.jsonl"]
     command += ["--output", f"{tmp_path}/out"]
+    capsys.readouterr()  # the bars of what is made here
     assert main(command) == 2  # no heads
     errors = capsys.readouterr().err.splitlines()
     assert errors == ["p2d select: --scorer affinity needs --heads, what `p2d heads` wrote."]
@@ -75,8 +76,9 @@ def test_the_hub_variable_switches_all_bars_off(localizing, bars, monkeypatch, c
 
 
 def test_quiet_is_quiet_but_for_errors(localizing, bars, tmp_path, capsys):
-    assert main(["--quiet", *localizing]) == 0
-    printed = capsys.readouterr()
-    assert (printed.out, printed.err) == ("", "") and (tmp_path / "heads.json").is_file()
+    for arguments in (["--quiet", *localizing], [*localizing, "--quiet"]):
+        assert main(arguments) == 0
+        printed = capsys.readouterr()
+        assert (printed.out, printed.err) == ("", "") and (tmp_path / "heads.json").is_file()
     assert main(["--quiet", "report", f"{tmp_path}/model"]) == 2
     assert capsys.readouterr().err.startswith("p2d report: There is no ")

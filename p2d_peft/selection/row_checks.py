@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from datasets import Dataset, List, Value
@@ -18,6 +18,7 @@ def check_rows(
     args: SFTConfig,
     formatting_func: Callable[[dict[str, Any]], str] | None,
     name: str,
+    rows: int | Sequence[int] = 0,
 ) -> None:
     """
     Check that `SFTTrainer` can make tokens of a dataset's rows. What it says otherwise is a `StopIteration` or a `KeyError`
@@ -28,6 +29,7 @@ def check_rows(
         processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`): What makes tokens of them.
         args (`SFTConfig`), formatting_func (`Callable`, *optional*): As in `SFTTrainer`.
         name (`str`): The argument that the dataset was given as.
+        rows (`int` or `Sequence[int]`, *optional*, defaults to 0): As in [`prepare_samples`], for a part of a dataset.
 
     Raises:
         `ValueError`: if there are no rows, none of the columns that are needed, a value is missing or of another type, or
@@ -48,7 +50,7 @@ def check_rows(
             "`formatting_func`."
         )
     for column in set(texts) & set(dataset.column_names):
-        _check_texts(dataset, column, column in ("messages", "conversations"), name)
+        _check_texts(dataset, column, column in ("messages", "conversations"), name, rows)
     is_chat = is_conversational(dataset[0]) or is_conversational_from_value(dataset[0])
     has_template = args.chat_template_path is not None or getattr(processing_class, "chat_template", None) is not None
     if is_chat and not has_template:
@@ -58,7 +60,7 @@ def check_rows(
         )
 
 
-def _check_texts(dataset: Dataset, column: str, is_chat: bool, name: str) -> None:
+def _check_texts(dataset: Dataset, column: str, is_chat: bool, name: str, rows: int | Sequence[int]) -> None:
     feature = dataset.features[column]
     kind = feature.dtype if isinstance(feature, Value) else None
     if kind is not None and (is_chat or kind not in ("string", "large_string", "null")):
@@ -67,7 +69,8 @@ def _check_texts(dataset: Dataset, column: str, is_chat: bool, name: str) -> Non
     # cheap, as Arrow keeps count; of rows that were left out of the dataset, too, so a look at the values decides
     if dataset.data.column(column).null_count:
         values = dataset.with_format(None)[column]
-        if missing := [row for row, value in enumerate(values) if value is None]:
+        numbers = range(rows, rows + len(dataset)) if isinstance(rows, int) else rows
+        if missing := [row for row, value in zip(numbers, values, strict=True) if value is None]:
             raise ValueError(
                 f"`{name}` has no value in the column '{column}' in {len(missing)} of {len(dataset)} rows: rows "
                 f"{shortened(missing)}. Leave these rows out, with `{name}.filter(...)`."

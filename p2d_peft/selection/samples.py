@@ -114,7 +114,7 @@ def prepare_samples(
         raise TypeError(
             f"`processing_class` must be a tokenizer (`PreTrainedTokenizerBase`), got {type(processing_class).__name__}."
         )
-    check_rows(dataset, processing_class, args, formatting_func, name)
+    check_rows(dataset, processing_class, args, formatting_func, name, rows)
     if dataset.cache_files:
         dataset = in_memory(dataset)
     preparer = _Preparer(processing_class, args, dataset[0])

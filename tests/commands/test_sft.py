@@ -134,6 +134,7 @@ def test_what_a_trainer_takes_is_passed_on(recipe, folder, given, tmp_path):
     assert calls == [
         ("train", {"resume_from_checkpoint": "checkpoint-1"}),
         ("save_model", {}),
+        ("log_metrics", {}),
         ("push_to_hub", {"dataset_name": f"{tmp_path}/data"}),
         ("end", {}),
     ]
@@ -146,7 +147,7 @@ def test_what_a_trainer_takes_is_passed_on(recipe, folder, given, tmp_path):
         ("eval_strategy: epoch", r"pool.jsonl' is one file. Give it as `datasets` with `test_split_size`"),
         ("eval_strategy: epoch\ndatasets: [{path: json, data_files: FOLDER/pool.jsonl}]", "give `test_split_size`"),
         ("heads_ratio: 0.5", "Neither `p2d sft` nor `accelerate launch` knows --heads_ratio"),
-        ("heads_file: no.json", "No such file or directory: 'no.json'"),
+        ("heads_file: no.json", "There is no file 'no.json' to read heads from; `p2d heads` writes one"),
         ("data_ratio: 2.0", "`data_ratio` must be in (0, 1], got 2.0"),
     ],
 )
@@ -157,3 +158,8 @@ def test_mistakes_are_told_before_any_work(lines, message, recipe, folder, given
     assert main(["sft", "--config", recipe]) == 2
     error = capsys.readouterr().err
     assert message in error and not given.kwargs
+
+
+def test_quiet_reaches_the_trainer(recipe, given, capsys):
+    assert main(["sft", "--config", recipe, "--disable_tqdm", "false", "--quiet"]) == 0
+    assert given.kwargs["args"].disable_tqdm and capsys.readouterr().out == ""
