@@ -27,9 +27,12 @@ def find_file(name_or_path: str | Path, filename: str, subfolder: str | None, hu
         hub_kwargs (`dict[str, Any]`): Goes to [`~huggingface_hub.hf_hub_download`].
 
     Raises:
+        `ValueError`: if `subfolder` leads out of the folder.
         `FileNotFoundError`: if the folder or the repository has no such file. What the Hub says otherwise (no such
             repository or revision, no access, no connection) is raised as it is.
     """
+    if subfolder is not None and ".." in Path(subfolder).parts:
+        raise ValueError(f"`subfolder`='{subfolder}' leads out of '{name_or_path}'; name that folder itself.")
     path = Path(name_or_path, subfolder or "", filename)
     if path.is_file():
         return path

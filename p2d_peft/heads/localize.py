@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Literal
 
 import torch
 from torch import nn
+from transformers.utils.logging import tqdm
 
+from ..argument_checks import check_choice, is_index
+from ..model_checks import check_module, check_runnable, check_vocabulary
 from ..model_state import autocast_without_cache, model_id, preserved_state
+from ..printable import shown
 from .ablation import ablation_scores
 from .agreement import agreement_scores
 from .fisher import fisher_scores
@@ -19,12 +24,14 @@ from .geometry import ModelGeometry
 from .magnitude import magnitude_scores
 from .proxy import proxy_scores
 from .random import random_scores
-from .samples import Batch
+from .samples import Batch, is_encoder_decoder
 from .scores import HeadScores
 from .taylor import taylor_scores
 from .trained import trained_scores
 from .weights import LayerScores, attention_weights
 
+
+logger = logging.getLogger(__name__)
 
 LocalizeMethod = Literal[
     "proxy",
@@ -111,8 +118,11 @@ def localize_heads(
         encoder-decoder in the order `cross.0`, ..., `decoder.0`, ..., `encoder.0`, ....
 
     Raises:
+        `TypeError`: if `model` is no model, `batches` does not hold mappings, or `seed` is no integer.
         `ValueError`: if the method is unknown, the model's attention is not supported, the method needs floating-point
-            weights and the model has others, `batches` holds nothing that counts, or a score is not a number.
+            weights and the model has others, a weight is not finite or on the meta device, `batches` holds nothing that
+            counts or tokens that the model does not know, or a score is not a number.
+        `KeyboardInterrupt`: as it comes, after a warning that says that nothing is kept.
 
     Example:
 
@@ -122,13 +132,25 @@ def localize_heads(
     >>> heads = localize_heads(model, data_loader, method="proxy").top(0.1)
     ```
     """
-    if method not in _METHODS:
-        raise ValueError(f"`method` must be one of {', '.join(map(repr, _METHODS))}, got {method!r}.")
+    check_choice("method", method, _METHODS)
+    check_module(model)
+    if not is_index(seed):
+        raise TypeError(f"`seed` must be an integer, got {seed!r}.")
     geometry = ModelGeometry.of(model)
-    counted = _Counted(batches)
     start = time.perf_counter()
-    with preserved_state(model), autocast_without_cache(model):
-        values = _METHODS[method](model, geometry, counted, seed)
+    if method != "random":
+        check_runnable(model)
+    counted = _Counted(batches, model, method)
+    try:
+        with preserved_state(model), autocast_without_cache(model):
+            values = _METHODS[method](model, geometry, counted, seed)
+    except KeyboardInterrupt:
+        logger.warning(
+            "Localizing stopped after %d samples. Nothing of it is kept, and the model is as it was: localize again, with "
+            "fewer samples or another `method` if it takes too long.",
+            counted.n_samples,
+        )
+        raise
     seconds = time.perf_counter() - start
 
     bad = [tuple(head) for head in geometry.heads if not torch.isfinite(values[head.layer][head.head])]
@@ -155,18 +177,41 @@ def localize_heads(
 
 
 class _Counted:
-    """Passes batches on and counts their rows."""
+    """Passes batches on, checks them, counts their rows and shows how far it is."""
 
-    def __init__(self, batches: Iterable[Batch]) -> None:
+    def __init__(self, batches: Iterable[Batch], model: nn.Module, method: str) -> None:
+        if not isinstance(batches, Iterable) or isinstance(batches, (str, Mapping)):
+            raise TypeError(f"`batches` must be a data loader or a list of batches, got {type(batches).__name__}.")
         self.batches = batches
         self.n_samples = 0
+        self._model = model
+        self._desc = f"Localize ({method})"
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.batches:
-            if missing := {"input_ids", "labels"} - set(batch):
-                raise ValueError(
-                    f"`batches` must hold mappings with 'input_ids' and 'labels', got one without {sorted(missing)}; "
-                    "heads are localized by a loss on text."
-                )
-            self.n_samples += batch["input_ids"].shape[0]
-            yield batch
+        total = len(self.batches) if isinstance(self.batches, Sized) else None
+        with tqdm(total=total, desc=self._desc, unit="batch") as bar:
+            for batch in self.batches:
+                self._check(batch)
+                self.n_samples += batch["input_ids"].shape[0]
+                yield batch
+                bar.update(1)
+
+    def _check(self, batch: Batch) -> None:
+        if not isinstance(batch, Mapping) or (missing := {"input_ids", "labels"} - set(batch)):
+            without = "" if not isinstance(batch, Mapping) else f" without {sorted(missing)}"
+            raise ValueError(
+                f"`batches` must hold mappings with 'input_ids' and 'labels', got a {type(batch).__name__}{without}; "
+                "heads are localized by a loss on text."
+            )
+        input_ids, labels = batch["input_ids"], batch["labels"]
+        for name, values in (("input_ids", input_ids), ("labels", labels)):
+            if not isinstance(values, torch.Tensor) or values.dim() != 2:
+                raise TypeError(f"`batches` must hold tensors of shape (B, T), got {shown(values)} for '{name}'.")
+        expected = labels.shape[:1] if is_encoder_decoder(self._model) else labels.shape
+        if input_ids.shape[: len(expected)] != expected:
+            raise ValueError(
+                f"`batches` holds 'input_ids' of shape {tuple(input_ids.shape)} with 'labels' of shape "
+                f"{tuple(labels.shape)}, but each token has one label, -100 where it does not count."
+            )
+        if input_ids.numel():
+            check_vocabulary("batches", int(input_ids.min()), int(input_ids.max()), self._model)

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_json, write_json
+from ..json_fields import checked_fields
+from ..printable import shown
 
 
 REPORT_NAME = "p2d_report.json"
@@ -108,18 +110,21 @@ class P2DReport:
         Read a report that [`P2DReport.save`] wrote. One of schema 1 lacks the tokens and the memory of its stages.
 
         Raises:
-            `ValueError`: if the file is not a report of a schema that this version knows.
+            `ValueError`: if the file is not a report of a schema that this version knows, or one of its entries is of a
+                type that it cannot have.
         """
         data: Any = read_json(path)
         if not is_report(data):
             raise ValueError(f"'{path}' is not a P2D report.")
         if data.get("schema") not in (1, _SCHEMA):
             raise ValueError(
-                f"'{path}' is a P2D report of schema {data.get('schema')}, but this version of p2d_peft reads 1 to "
+                f"'{path}' is a P2D report of schema {shown(data.get('schema'))}, but this version of p2d_peft reads 1 to "
                 f"{_SCHEMA}; use the version that wrote it, or a newer one."
             )
-        names = {entry.name for entry in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in {**_SINCE_SCHEMA_2, **data}.items() if name in names})
+        try:
+            return cls(**checked_fields(cls, {**_SINCE_SCHEMA_2, **data}))
+        except ValueError as error:
+            raise ValueError(f"'{path}' is a P2D report that was damaged or made by hand: {error}") from error
 
 
 def is_report(data: Any) -> bool:

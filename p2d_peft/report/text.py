@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from ..printable import printable
 from .run_report import P2DReport
 
 
@@ -45,7 +46,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.4g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name}:{_UNBROKEN}{_shown(entry)}" for name, entry in value.items())
+        return ", ".join(f"{printable(str(name))}:{_UNBROKEN}{_shown(entry)}" for name, entry in value.items())
     if isinstance(value, (list, tuple)):
         return " ".join(map(_shown, value))
-    return str(value)
+    return printable(str(value))  # a report may come from anywhere

@@ -6,14 +6,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from datasets.config import HF_DATASETS_DISABLE_PROGRESS_BARS
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils.logging import tqdm
 
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Context in which `datasets` shows no bars of its own: one for each step of each part would bury the scoring's."""
-    shown = not are_progress_bars_disabled()
+    """
+    Context in which `datasets` shows no bars of its own: one for each step of each part would bury the scoring's. Unless
+    `HF_DATASETS_DISABLE_PROGRESS_BARS=0` says that it has to.
+    """
+    shown = HF_DATASETS_DISABLE_PROGRESS_BARS is None and not are_progress_bars_disabled()
     if shown:
         disable_progress_bars()
     try:

@@ -8,19 +8,8 @@ import torch
 from accelerate import init_empty_weights
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from ..heads import ModelGeometry
+from ..heads import HeadSet, ModelGeometry
 from .config import P2DConfig
-
-
-def check_type(name: str, value: Any, types: tuple[type, ...], wanted: str) -> None:
-    """
-    Check an optional argument.
-
-    Raises:
-        `TypeError`: if it is of another type.
-    """
-    if value is not None and not isinstance(value, types):
-        raise TypeError(f"`{name}` must be {wanted}, got {type(value).__name__}.")
 
 
 def check_sharding(args: P2DConfig) -> None:
@@ -38,7 +27,28 @@ def check_sharding(args: P2DConfig) -> None:
         )
 
 
-def check_attention(model: str, args: P2DConfig) -> bool:
+def geometry_of_saved(
+    model: str, revision: str | None = None, trust_remote_code: bool = False
+) -> ModelGeometry | None:
+    """
+    The heads of a saved model, without its weights; None where its class is not known before it is loaded.
+
+    Args:
+        model (`str`): Folder or Hub id.
+        revision (`str`, *optional*), trust_remote_code (`bool`, *optional*): As in `from_pretrained`.
+
+    Raises:
+        `ValueError`: as [`ModelGeometry.of`] does.
+    """
+    config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not trust_remote_code:
+        return None
+    with init_empty_weights():
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return ModelGeometry.of(skeleton)
+
+
+def check_attention(model: str, args: P2DConfig, heads: HeadSet | None = None) -> bool:
     """
     Check that the heads of a model that is yet to be loaded can be found, which `Trainer` would learn only after the
     whole dataset is tokenized.
@@ -46,20 +56,20 @@ def check_attention(model: str, args: P2DConfig) -> bool:
     Args:
         model (`str`): Folder or Hub id.
         args ([`P2DConfig`]): With how the model is loaded.
+        heads ([`HeadSet`], *optional*): Heads that the model should have.
 
     Returns:
         `bool`: whether its weights are quantized, as far as that is known by now.
 
     Raises:
-        `ValueError`: as [`ModelGeometry.of`] does.
+        `ValueError`: as [`ModelGeometry.of`] does, or if the model lacks one of `heads`.
     """
     kwargs = args.model_init_kwargs or {}
-    trust = kwargs.get("trust_remote_code", args.trust_remote_code)
+    trust = bool(kwargs.get("trust_remote_code", args.trust_remote_code))
+    geometry = geometry_of_saved(model, kwargs.get("revision"), trust)
+    if geometry is not None and heads is not None:
+        geometry.check(heads)
     config = AutoConfig.from_pretrained(model, revision=kwargs.get("revision"), trust_remote_code=trust)
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or trust:  # what others are shows when they are loaded
-        with init_empty_weights():
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-        ModelGeometry.of(skeleton)
     return kwargs.get("quantization_config") is not None or hasattr(config, "quantization_config")
 
 

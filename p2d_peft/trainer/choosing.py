@@ -20,6 +20,7 @@ from ..selection.selector import needs_heads
 from .added_tokens import vocabulary
 from .arguments import changed
 from .config import P2DConfig
+from .data_checks import check_datasets
 from .reference import check_reference, count_tokens, find_reference, training_batches
 from .state import P2DState
 from .tokenized import tokenized
@@ -59,6 +60,7 @@ def choose(trainer: P2DTrainer) -> P2DState:
     # a stream's numbers are known once it was read
     n_rows = len(pool) if isinstance(pool, Dataset) else None
     check_reference(trainer, n_rows)
+    check_datasets(trainer, pool)
     selects = trainer.selector is not None or args.data_ratio < 1
     heads, method = trainer.heads, None
     with trainer.accelerator.autocast(), _without_virtual_tokens(trainer.model):

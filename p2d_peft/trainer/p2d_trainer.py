@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from torch import nn
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from trl import SFTTrainer
 
+from ..argument_checks import check_type
 from ..efficiency import StageClock, StageCosts
+from ..files import check_writable
 from ..heads import HeadScores, HeadSet, ModelGeometry
 from ..heads.localize import needs_weights
+from ..model_checks import check_runnable
 from ..report import P2DReport
 from ..report.run_report import REPORT_NAME
 from ..selection import P2DDataSelector
 from ..selection.pool import rows_of
+from ..selection.row_checks import check_rows
 from ..selection.selector import needs_heads
 from ..tuners import HeadSparseConfig
 from .added_tokens import brings_tokens, learn_tokens, load_processing_class, vocabulary
 from .arguments import as_p2d_config, changed
-from .checks import check_attention, check_optimizer, check_sharding, check_type
+from .checks import check_attention, check_optimizer, check_sharding
 from .choosing import choose, scores_folder
 from .config import P2DConfig
+from .data_checks import ARGUMENTS
 from .deferred_adapter import BackwardEndsAtLowestHead, DeferredAdapter, attach
 from .estimate import estimate_run
+from .interruption import explained_interruption
 from .model_card import complete_model_card
 from .reference import count_tokens
 from .reporting import make_report, report_metrics
@@ -37,6 +46,9 @@ from .run_estimate import RunEstimate
 from .saved_files import load_head_scores, save_beside_model
 from .state import P2DState
 from .tokenized import tokenized
+
+
+logger = logging.getLogger(__name__)
 
 
 class P2DTrainer(SFTTrainer, DeferredAdapter):
@@ -134,20 +146,29 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
 
         if args.p2d:
             check_type("target_dataset", target_dataset, (Dataset, IterableDataset), "a `datasets.Dataset`")
+            for name, dataset in (("train_dataset", given.get("train_dataset")), ("target_dataset", target_dataset)):
+                if isinstance(dataset, Dataset) and not len(dataset):
+                    raise ValueError(f"`{name}` has no rows.")
             check_type("heads", heads, (HeadSet,), "a `HeadSet`")
             check_type("selector", selector, (P2DDataSelector,), "a `P2DDataSelector`")
+            if args.should_save:
+                check_writable(Path(args.output_dir, REPORT_NAME))
             self._head_sparse_config = self._deferred_config(given, heads)
             self.wants_heads = self._head_sparse_config is not None or (
                 selector is None and args.data_ratio < 1 and needs_heads(args.scorer)
             )
             if selector is not None or args.data_ratio < 1 or (self.wants_heads and not self._heads_are_given(heads)):
                 check_sharding(args)
+                if isinstance(model, nn.Module):
+                    check_runnable(model)
             if self.wants_heads:
                 # before anything is loaded or tokenized
                 if isinstance(model, str):
-                    is_quantized = check_attention(model, args) or given.get("quantization_config") is not None
+                    is_quantized = check_attention(model, args, heads) or given.get("quantization_config") is not None
                 else:
-                    ModelGeometry.of(model)
+                    geometry = ModelGeometry.of(model)
+                    if heads is not None:
+                        geometry.check(heads)
                     is_quantized = getattr(model, "is_quantized", False)
                 method = args.localize_method
                 if is_quantized and method and needs_weights(method) and not self._heads_are_given(heads):
@@ -210,6 +231,8 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             heads = self.selector.engine.heads
         self.heads = None if heads is None else ModelGeometry.of(self.model).check(heads)
         if self.target_dataset is not None and not self._skip_prepare_dataset:
+            if isinstance(self.target_dataset, Dataset):
+                check_rows(self.target_dataset, self.processing_class, args, formatting_func, "target_dataset")
             self.target_dataset = super()._prepare_dataset(
                 self.target_dataset,
                 self.processing_class,
@@ -228,6 +251,10 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         formatting_func: Callable[[dict[str, Any]], str] | None,
         dataset_name: str,
     ) -> Any:
+        is_plain = isinstance(dataset, Dataset) and dataset.format["type"] != "custom"
+        if args.p2d and is_plain:
+            name = ARGUMENTS.get(dataset_name, f"eval_dataset['{dataset_name}']")
+            check_rows(dataset, processing_class, args, formatting_func, name)
         if self._pool_is_next:  # SFTTrainer prepares the training set first
             self._pool_is_next = False
             if packing:
@@ -247,7 +274,14 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
 
         Raises:
             `ValueError`: if the checkpoint to resume from is not one of P2DTrainer's, or belongs to another pool.
+            `KeyboardInterrupt`: as it comes, after a warning that says what is kept and how to go on.
         """
+        with explained_interruption(self) if self.args.p2d else nullcontext():
+            return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _train(
+        self, resume_from_checkpoint: str | bool | None, trial: Any, ignore_keys_for_eval: list[str] | None
+    ) -> TrainOutput:
         if not self.args.p2d:
             self._clock.set(StageCosts())
             if resume_from_checkpoint:  # what the steps before took is not known, so there is nothing to report
@@ -333,8 +367,14 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             if self.args.p2d:
                 logs.update(report_metrics(self.report))
             if self.is_world_process_zero():
-                self.report.save(os.path.join(self.args.output_dir, REPORT_NAME))
+                self._save_report(self.report)
         super().log(logs, start_time)
+
+    def _save_report(self, report: P2DReport) -> None:
+        try:
+            report.save(os.path.join(self.args.output_dir, REPORT_NAME))
+        except OSError as error:  # the trained weights are worth more, and not saved yet
+            logger.warning("The report is in `trainer.report` alone. %s", error)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)

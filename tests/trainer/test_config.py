@@ -35,7 +35,7 @@ def test_works_with_trl_parser_flags_yaml_and_help(tmp_path, capsys):
         (
             "localize_method",
             "magic",
-            r"`localize_method` must be one of \['proxy', 'taylor', .*'random'\], got 'magic'",
+            r"`localize_method` must be one of 'proxy', 'taylor', .*'random', got 'magic'",
         ),
         ("scorer", "magic", "`scorer` must be one of .*'affinity'.*got 'magic'"),
         ("target_samples", 0, "`target_samples` must be at least 1, got 0"),
