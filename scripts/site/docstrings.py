@@ -22,7 +22,7 @@ DOCUMENTED = {
     for path in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
 }
 
-PARAMETER = re.compile(r"^(\s+)([\w*][\w*, ]*) \(`.*\):(?=\s|$)", re.MULTILINE)
+PARAMETER = re.compile(r"^(\s+)([\w*][\w*, ]*) \(\[?`.*\):(?=\s|$)", re.MULTILINE)
 RESULT = re.compile(r"^(\s*(?:Raises|Returns|Yields):\n)?(\s+)\[?`([^`\n]+)`\]?:(?= )", re.MULTILINE)
 LINK = re.compile(r"\[`~?([\w.]+)`\](?![\[(])")
 

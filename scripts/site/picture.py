@@ -27,7 +27,7 @@ font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sa
 --train: #b197fc; } }
 .p2d .ink { fill: var(--ink); } .p2d .soft { fill: var(--soft); } .p2d .idle { fill: var(--idle); }
 .p2d .heads { fill: var(--heads); } .p2d .rows { fill: var(--rows); } .p2d .train { fill: var(--train); }
-.p2d .title { font-size: 19px; font-weight: 650; } .p2d .text { font-size: 14.5px; } .p2d .arrow { fill: none; stroke: var(--soft); stroke-width: 2; }
+.p2d.narrow .text { font-size: 13px; } .p2d .title { font-size: 19px; font-weight: 650; } .p2d .text { font-size: 14.5px; } .p2d .arrow { fill: none; stroke: var(--soft); stroke-width: 2; }
 """
 
 PANEL = 240  # the width of each of the three
@@ -103,10 +103,10 @@ def adapt(report: dict[str, Any], prefix: str) -> list[str]:
     share = report["trainable_parameters"] / (report["total_parameters"] - report["trainable_parameters"])
     return [
         text("title train", 0, 16, "3  Adapt"),
-        text("text soft", 0, 40, f"{share:.1%} of the weights, on those rows"),
+        text("text soft", 0, 40, f"{share:.1%} of the weights"),
         boxes("idle", ((layer * pitch, TOP, pitch - 1.6, attention + rest) for layer in range(n_layers))),
         boxes("train", ((layer * pitch, TOP + head * cell, pitch - 1.6, cell) for layer, head in sorted(chosen))),
-        text("text soft", 0, TOP + attention + rest + 17, "all else stays frozen"),
+        text("text soft", 0, TOP + attention + rest + 17, "on those rows; all else is frozen"),
     ]
 
 
@@ -135,7 +135,7 @@ def moved(x: float, y: float, parts: list[str]) -> str:
 def draw(report: dict[str, Any], narrow: bool) -> str:
     """The picture as SVG: its panels side by side, or one below the other."""
     panels: list[Callable[[dict[str, Any], str], list[str]]] = [localize, select, adapt]
-    margin, prefix = 14, "narrow" if narrow else "wide"
+    margin, prefix = 6, "narrow" if narrow else "wide"
     if narrow:
         width, step, height = PANEL + 2 * margin, 178, 3 * 178 + 100
         places = [(margin, margin + index * step) for index in range(3)]
@@ -154,7 +154,7 @@ def draw(report: dict[str, Any], narrow: bool) -> str:
         f"All of it takes {report['aer']:.3f} of the time of full fine-tuning."
     )
     parts = [
-        f'<svg class="p2d" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{label}">',
+        f'<svg class="p2d {prefix}" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{label}">',
         f"<style>{STYLE}</style>".replace("\n\n", "\n"),
         *(moved(*place, panel(report, prefix)) for place, panel in zip(places, panels, strict=True)),
         *arrows,
