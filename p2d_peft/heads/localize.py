@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import nn
@@ -48,7 +48,9 @@ LocalizeMethod = Literal[
 ]
 
 # (model, geometry, batches, seed) -> scores; runs inside preserved_state
-_METHODS: dict[str, Callable[[nn.Module, ModelGeometry, Iterable[Batch], int], LayerScores]] = {
+Localizer: TypeAlias = Callable[[nn.Module, ModelGeometry, Iterable[Batch], int], LayerScores]
+
+_METHODS: dict[str, Localizer] = {
     "proxy": proxy_scores,
     "taylor": taylor_scores,
     "gate": gate_scores,
@@ -82,13 +84,13 @@ def default_method(model: nn.Module) -> LocalizeMethod:
 
 
 def localize_heads(
-    model: nn.Module, batches: Iterable[Batch], method: LocalizeMethod = "proxy", seed: int = 42
+    model: nn.Module, batches: Iterable[Batch], method: LocalizeMethod | Localizer = "proxy", seed: int = 42
 ) -> HeadScores:
     """
     Score all attention heads of a model by how much they matter for a task (P2D section 3.2.1).
 
-    The model comes out as it went in, bit for bit: weights, gradients, `requires_grad`, train/eval mode, hooks, random
-    number generators; also when a pass fails.
+    With the methods here the model comes out as it went in, bit for bit: weights, gradients, `requires_grad`, train/eval
+    mode, hooks, random number generators; also when a pass fails.
 
     Args:
         model (`nn.Module`):
@@ -98,7 +100,7 @@ def localize_heads(
             About 100 samples of the task, as a data loader gives them: mappings with `input_ids`, `attention_mask` and
             `labels` of shape (B, T), int64, labels -100 on tokens that do not count. An encoder-decoder's labels are its
             decoder's, of a length of their own. `magnitude` and `random` read none.
-        method (`str`, *optional*, defaults to `"proxy"`):
+        method (`str` or `Callable`, *optional*, defaults to `"proxy"`):
             - `"proxy"`: the paper's, the shift of a head's weights in a short proxy run over the batches;
             - `"taylor"`: the sum of |gradient x weight| over a head's slices, sample by sample;
             - `"gate"`: |gradient of the loss for a factor on the head's output|, mean over samples;
@@ -109,9 +111,13 @@ def localize_heads(
             - `"ablation"`: the exact change of the loss without the head, one forward pass for each head;
             - `"trained"`: the fall of the held-out loss when the head alone is trained, for small models;
             - `"magnitude"`: the norm of a head's weights, a control without the task;
-            - `"random"`: the control.
+            - `"random"`: the control;
+            - a function of one's own: from the model, its [`ModelGeometry`], the batches and the seed to a mapping from
+              each layer with heads to their scores, a tensor of shape (H,). It may change `requires_grad` and the
+              train/eval mode; weights, gradients and hooks it has to leave as they are. Its name is what the scores are
+              called by.
         seed (`int`, *optional*, defaults to 42):
-            For what is random in a method, which is `random` alone. The same seed gives the same scores.
+            For what is random in a method; of those here that is `random` alone. The same seed gives the same scores.
 
     Returns:
         [`HeadScores`]: the table; `.top(0.1)` is the set of heads that the paper goes on with. Rows are layers, of an
@@ -132,7 +138,12 @@ def localize_heads(
     >>> heads = localize_heads(model, data_loader, method="proxy").top(0.1)
     ```
     """
-    check_choice("method", method, _METHODS)
+    if isinstance(method, str) or not callable(method):
+        check_choice("method", method, _METHODS, ", or a function")
+        name, localizer = str(method), _METHODS[method]
+    else:
+        # an object that is called, as a partial is, may have no name but its class's
+        name, localizer = getattr(method, "__name__", type(method).__name__), method
     check_module(model)
     if not is_index(seed):
         raise TypeError(f"`seed` must be an integer, got {seed!r}.")
@@ -140,10 +151,10 @@ def localize_heads(
     start = time.perf_counter()
     if method != "random":
         check_runnable(model)
-    counted = _Counted(batches, model, method)
+    counted = _Counted(batches, model, name)
     try:
         with preserved_state(model), autocast_without_cache(model):
-            values = _METHODS[method](model, geometry, counted, seed)
+            values = localizer(model, geometry, counted, seed)
     except KeyboardInterrupt:
         logger.warning(
             "Localizing stopped after %d samples. Nothing of it is kept, and the model is as it was: localize again, with "
@@ -153,10 +164,16 @@ def localize_heads(
         raise
     seconds = time.perf_counter() - start
 
+    for layer, attention in geometry.items():
+        if layer not in values or values[layer].shape != (attention.n_heads,):
+            got = f"{tuple(values[layer].shape)}" if layer in values else "nothing"
+            raise ValueError(
+                f"`method`={name!r} must give a tensor of shape ({attention.n_heads},) for layer {layer}, got {got}."
+            )
     bad = [tuple(head) for head in geometry.heads if not torch.isfinite(values[head.layer][head.head])]
     if bad:
         raise ValueError(
-            f"`method`={method!r} gave no finite score for {len(bad)} of {len(geometry.heads)} heads, first for "
+            f"`method`={name!r} gave no finite score for {len(bad)} of {len(geometry.heads)} heads, first for "
             f"(layer, head) {bad[0]}: the model's loss or gradients are not finite on `batches`."
         )
     table = torch.full(geometry.shape, torch.nan, dtype=torch.float64)
@@ -166,7 +183,7 @@ def localize_heads(
     groups = tuple(geometry[layer].n_kv_heads if layer in geometry else 0 for layer in geometry.rows)
     return HeadScores(
         table,
-        method,
+        name,
         seed,
         counted.n_samples or None,
         model_id(model),

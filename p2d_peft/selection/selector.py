@@ -95,7 +95,7 @@ class P2DDataSelector:
             - `"length"`: the longest answers; a control;
             - `"random"`: a seeded draw; the control.
 
-            What each computes, and where it comes from, is in the docs (`docs/selection.md`). A [`Scorer`] of one's own
+            What each computes, and where it comes from, is in the docs (`docs/scorers.md`). A [`Scorer`] of one's own
             takes the same place, or [`icl_scorer`] with a metric for generated answers.
         ratio (`float`, *optional*):
             Share of the pool's rows to keep, in (0, 1]; rounded, at least one row. 0.1, the paper's, if none of `ratio`,

@@ -104,10 +104,15 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
     _tag_names = ["trl", "sft", "p2d", "p2d_peft"]
     _name = "P2D"
     _paper = {
-        "title": "From Parameters to Data",
+        "title": "From Parameters to Data: A Task-Parameter-Guided Fine-Tuning Pipeline for Efficient LLM Alignment",
         "id": "2605.21558",
-        "citation": "@article{p2d2026,\n    title        = {{From Parameters to Data}},\n"
-        "    year         = 2026,\n    eprint       = {arXiv:2605.21558},\n}",
+        "citation": "@inproceedings{chen2026p2d,\n"
+        "    title     = {{From Parameters to Data: A Task-Parameter-Guided Fine-Tuning Pipeline for Efficient LLM "
+        "Alignment}},\n"
+        "    author    = {Hao Chen and Qi Zhang and Liyao Li and Zhanming Shen and Wentao Ye and Lirong Gao and "
+        "Ningtao Wang and Xing Fu and Xiaoyu Shen and Junbo Zhao},\n"
+        "    booktitle = {International Conference on Machine Learning},\n"
+        "    year      = 2026,\n    eprint    = {arXiv:2605.21558},\n}",
     }
 
     # what TRL and transformers declare more widely than it is here

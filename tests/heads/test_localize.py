@@ -236,6 +236,43 @@ def test_meta_weights_are_refused_before_any_pass(method):
         localize_heads(model, [random_batch()], method=method)
 
 
+def test_a_method_of_ones_own_takes_the_place_of_a_name():
+    def output_norm(model, geometry, batches, seed):
+        model.eval().requires_grad_(False)  # is undone
+        torch.rand(1)
+        n_samples = sum(len(batch["input_ids"]) for batch in batches)
+        return {layer: torch.arange(part.n_heads) + float(n_samples + seed) for layer, part in geometry.items()}
+
+    model = mixed_state(tiny_model())
+    before = snapshot(model)
+    scores = localize_heads(model, [random_batch(), random_batch()], method=output_norm, seed=10)
+    assert_unchanged(model, before)
+    assert (scores.method, scores.n_samples) == ("output_norm", 4)
+    assert scores.values.tolist() == [[14.0, 15.0, 16.0, 17.0]] * 3
+
+
+class OfWrongShape:
+    def __init__(self, scores):
+        self.scores = scores
+
+    def __call__(self, model, geometry, batches, seed):
+        return self.scores
+
+
+@pytest.mark.parametrize(
+    ("scores", "got"),
+    [({0: torch.ones(4), 2: torch.ones(4)}, "layer 1, got nothing"), ({0: torch.ones(3)}, r"layer 0, got \(3,\)")],
+)
+def test_what_a_method_of_ones_own_leaves_out_is_named(scores, got):
+    with pytest.raises(ValueError, match=rf"`method`='OfWrongShape' must give a tensor of shape \(4,\) for {got}"):
+        localize_heads(tiny_model(), [random_batch()], method=OfWrongShape(scores))
+
+
+def test_a_method_that_is_neither_name_nor_function_is_refused():
+    with pytest.raises(TypeError, match="`method` must be a name or a function, got int"):
+        localize_heads(tiny_model(), [random_batch()], method=3)
+
+
 def test_batches_that_are_no_text_are_named():
     with pytest.raises(ValueError, match=r"`batches` must hold .* got one without \['input_ids'\]"):
         localize_heads(LAYOUTS["whisper"].model(), [{"input_features": None, "labels": None}], method="gate")
