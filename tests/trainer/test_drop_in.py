@@ -196,27 +196,6 @@ def test_an_attempt_that_failed_is_not_charged_twice(tmp_path, monkeypatch):
     assert run.report.stage_tokens == {**before.tokens, "train": run.report.stage_tokens["train"]}
 
 
-def test_the_optimizer_holds_the_trained_weights_and_no_others(tmp_path):
-    run = short_run(tmp_path, optimizer_cls_and_kwargs=(torch.optim.Adagrad, {"lr": 0.1}))
-    run.train()
-    optimizer = run.optimizer.optimizer
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert isinstance(optimizer, torch.optim.Adagrad)
-    assert held == {id(p) for name, p in run.model.named_parameters() if name in deltas(run.model)}
-
-
-def test_an_optimizer_made_by_hand_is_used_if_it_covers_the_adapter(tmp_path):
-    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    mine = torch.optim.SGD(trained, lr=0.5)
-    run = short_run(tmp_path, model=model, optimizers=(mine, None))
-    run.train()
-    assert run.optimizer.optimizer is mine
-    short = short_run(tmp_path, model=model, optimizers=(torch.optim.SGD(trained[:1], lr=0.5), None))
-    with pytest.raises(ValueError, match="`optimizers` holds an optimizer that lacks"):
-        short.train()
-
-
 class Watch(TrainerCallback):
     def __init__(self):
         self.events, self.models = [], []
