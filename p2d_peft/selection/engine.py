@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from trl import SFTConfig
 from ..heads import HeadSet
 from ..model_checks import check_runnable, check_vocabulary
 from ..model_state import model_device, preserved_state
+from ..passed_tokens import passed_tokens
 from .fingerprint import run_fingerprint
 from .pool import rows_of
 from .pool_scores import PoolScores, nothing_counts, put_together
@@ -91,23 +92,27 @@ class ScoringEngine:
             total = sum(min(step, len(pool) - row) for row in range(process * step, len(pool), n_processes * step))
         progress = ScoringProgress(f"Select ({self.scorer.name})", total, self.scorer.passes, process == 0)
         done: list[ScoredShard] = []
-        n_resumed = 0
+        resumed: list[ScoredShard] = []
         try:
             # opened only where there is something to score
             with ExitStack() as stack:
                 score_rows: ScoreRows | None = None
+                passed = stack.enter_context(passed_tokens(self.model))
                 for shard in shards_of(pool, size):
                     if shard.index % n_processes != process:
                         continue
                     scored = store.load(shard) if store is not None else None
                     if scored is not None:
-                        n_resumed += len(shard.rows)
+                        resumed.append(scored)
                         progress.start_shard()
                     else:
+                        began, passed_before = time.perf_counter(), passed()
                         if score_rows is None:
                             score_rows = stack.enter_context(self._open(sample, target, progress))
                         progress.start_shard()
                         scored = self._score_shard(shard, score_rows)
+                        seconds = time.perf_counter() - began
+                        scored = replace(scored, seconds=seconds, passed_tokens=passed() - passed_before)
                         if store is not None:
                             store.save(shard, scored)
                     progress.end_shard(len(shard.rows))
@@ -131,8 +136,8 @@ class ScoringEngine:
             progress.close()
         if n_processes > 1:
             done = sorted(gather_object(done), key=lambda scored: scored.index)
-            n_resumed = sum(gather_object([n_resumed]))
-        return put_together(done, self.scorer.name, self.args.max_length, n_resumed, time.perf_counter() - start)
+        of_processes = gather_object([resumed]) if n_processes > 1 else [resumed]
+        return put_together(done, self.scorer.name, self.args.max_length, of_processes, time.perf_counter() - start)
 
     def _score_shard(self, shard: Shard, score_rows: ScoreRows) -> ScoredShard:
         """Score one shard's rows."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers.training_args import OptimizerNames
 
 from ..heads import HeadSet, ModelGeometry
 from .config import P2DConfig
+
+
+if TYPE_CHECKING:
+    from .p2d_trainer import P2DTrainer
 
 
 def check_sharding(args: P2DConfig) -> None:
@@ -71,6 +76,25 @@ def check_attention(model: str, args: P2DConfig, heads: HeadSet | None = None) -
         geometry.check(heads)
     config = AutoConfig.from_pretrained(model, revision=kwargs.get("revision"), trust_remote_code=trust)
     return kwargs.get("quantization_config") is not None or hasattr(config, "quantization_config")
+
+
+def check_optimizer_is_there(trainer: P2DTrainer) -> None:
+    """
+    Check that the optimizer that `optim` names is installed, which `Trainer` would learn only when the first two stages are
+    over.
+
+    Raises:
+        `ImportError` or `ValueError`: as `Trainer` does, with the name of the package.
+    """
+    args = trainer.args
+    if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
+        return
+    try:
+        trainer.get_optimizer_cls_and_kwargs(args)
+    except ValueError:
+        # these want to see the model, which is not what it will be
+        if args.optim_target_modules is None and args.optim not in (OptimizerNames.LOMO, OptimizerNames.ADALOMO):
+            raise
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer | None, model: Any) -> None:

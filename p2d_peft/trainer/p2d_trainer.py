@@ -32,7 +32,7 @@ from ..selection.selector import needs_heads
 from ..tuners import HeadSparseConfig
 from .added_tokens import brings_tokens, learn_tokens, load_processing_class, vocabulary
 from .arguments import as_p2d_config, changed
-from .checks import check_attention, check_optimizer, check_sharding
+from .checks import check_attention, check_optimizer, check_optimizer_is_there, check_sharding
 from .choosing import choose, scores_folder
 from .config import P2DConfig
 from .data_checks import ARGUMENTS
@@ -305,6 +305,7 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
                 self.head_scores = load_head_scores(checkpoint)
                 self._start_from(state)
         elif self._p2d_state is None:
+            check_optimizer_is_there(self)
             self._start_from(choose(self))
         else:  # a second training is charged for itself, and again for what it builds on
             self._clock.set(self._clock.costs.without("train"))
@@ -353,6 +354,8 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             assert state.heads is not None
             self.model = attach(self.model, self._head_sparse_config, state.heads, self.args)
             self.model_wrapped = self.model
+            if self.args.activation_offloading:  # what is a weight, and stays where it is
+                self.maybe_activation_offload_context.update_model_params(self.model)
             if not (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
                 self.add_callback(BackwardEndsAtLowestHead)
         check_optimizer(self.optimizer, self.model)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from transformers.trainer_optimizer import is_optimizer_factory
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..efficiency import Reference, estimate_reference
@@ -161,13 +162,19 @@ def training_mode(trainer: P2DTrainer) -> Iterator[tuple[TrainingLoss, MakeOptim
 
     def training_loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         on_device = {key: value.to(device) for key, value in batch.items()}
-        with trainer.accelerator.autocast():
+        with trainer.accelerator.autocast(), trainer.maybe_activation_offload_context:
             loss: torch.Tensor = model(**on_device, use_cache=False, fused_lm_head=True).loss
         return loss
 
+    def make_optimizer(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        if is_optimizer_factory(optimizer_class):
+            made: torch.optim.Optimizer = optimizer_class()(model, **optimizer_kwargs)
+            return made
+        return optimizer_class(parameters, **optimizer_kwargs)
+
     with preserved_state(model), _checkpointing_as_in_training(model, args):
         model.train()
-        yield training_loss, lambda parameters: optimizer_class(parameters, **optimizer_kwargs)
+        yield training_loss, make_optimizer
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from trl import SFTConfig, SFTTrainer
 
 from p2d_peft.heads import HeadSet
+from p2d_peft.passed_tokens import passed_tokens
 from p2d_peft.selection import P2DDataSelector, engine
 from p2d_peft.selection.policies import RoundRobin
 from p2d_peft.selection.scoring import RowScores, Scorer
@@ -139,12 +141,30 @@ def test_a_run_that_failed_goes_on_where_it_was(scorer, tmp_path, caplog):
 
     second = watched(selector(scorer=scorer, cache_dir=tmp_path), calls := [])
     assert torch.equal(second.score(prompt_completion()), expected)
-    assert calls == [15, 20] and second.report.n_resumed == 15
+    assert calls == [15, 20] and second.report.n_resumed == 15 and second.report.resumed_seconds > 0
     third = watched(selector(scorer=scorer, cache_dir=tmp_path), calls := [])
     # a stream of the same rows is the same pool
     assert torch.equal(third.score(prompt_completion().to_iterable_dataset()), expected)
     assert calls == [] and third.report.n_resumed == 24
-    assert replace(third.report, n_resumed=0, seconds=0) == replace(second.report, n_resumed=0, seconds=0)
+    nothing = {"n_resumed": 0, "resumed_seconds": 0, "resumed_tokens": 0, "seconds": 0}
+    assert replace(third.report, **nothing) == replace(second.report, **nothing)
+
+
+@pytest.mark.parametrize("scorer", SHARDED)
+def test_what_is_taken_over_says_what_it_took(scorer, tmp_path, monkeypatch):
+    model = tiny_model()
+
+    real_time, waited = time.perf_counter, []
+    monkeypatch.setattr(engine.time, "perf_counter", lambda: real_time() + sum(waited))
+    first = watched(selector(model, scorer, cache_dir=tmp_path), [], at=2, then=lambda: waited.append(1_000.0))
+    with passed_tokens(model) as passed:
+        first.score(prompt_completion())
+        of_first = passed()
+    assert (first.report.resumed_seconds, first.report.resumed_tokens) == (0, 0)
+    again = selector(model, scorer, cache_dir=tmp_path)
+    again.score(prompt_completion())
+    assert 1_000 < again.report.resumed_seconds < first.report.seconds
+    assert again.report.resumed_tokens == of_first and again.report.seconds < 1_000
 
 
 def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path):

@@ -1,6 +1,7 @@
 """What a script may do with `SFTTrainer`, done with `P2DTrainer`."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from p2d_peft import HeadSet, HeadSparseConfig, P2DDataSelector, P2DTrainer
+from p2d_peft import HeadSet, HeadSparseConfig, P2DDataSelector, P2DTrainer, efficiency
+from p2d_peft.selection.engine import ScoringEngine
 from p2d_peft.selection.policies import Quotas
 from p2d_peft.trainer import choosing
 
@@ -159,9 +161,13 @@ def test_tokens_of_a_cloned_chat_template_are_learnt(tmp_path):
     assert any("trainable_tokens" in name for name, p in run.model.named_parameters() if p.requires_grad)
 
 
-def test_scores_of_a_run_that_died_are_used_and_then_removed(tmp_path, monkeypatch, caplog):
+def test_scores_of_a_run_that_died_are_used_charged_and_then_removed(tmp_path, monkeypatch):
     folder = tmp_path / choosing.SCORES_FOLDER
     died = trainer(tmp_path, changes={"max_steps": 1})
+    real_time, waited = time.perf_counter, []
+    monkeypatch.setattr(efficiency.time, "perf_counter", lambda: real_time() + sum(waited))
+    score_shard = ScoringEngine._score_shard
+    monkeypatch.setattr(ScoringEngine, "_score_shard", lambda *args: waited.append(1_000.0) or score_shard(*args))
     monkeypatch.setattr(choosing, "find_reference", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         died.train()
@@ -170,33 +176,24 @@ def test_scores_of_a_run_that_died_are_used_and_then_removed(tmp_path, monkeypat
     again = trainer(tmp_path, changes={"max_steps": 1})
     again.train()
     assert again.selector.report.n_resumed == 32 and not folder.exists()
-    warning = "The AER is too low: the scores of 32 of 32 rows are those of a run that was stopped"
-    assert caplog.text.count(warning) == 1
+    assert 1_000 < again.report.stage_seconds["select"] < 1_100
     fresh = trainer(tmp_path / "fresh", changes={"max_steps": 1})
     fresh.train()
     assert again.train_dataset.to_list() == fresh.train_dataset.to_list()
-    assert fresh.selector.report.n_resumed == 0 and caplog.text.count(warning) == 1
+    assert fresh.selector.report.n_resumed == 0
+    assert fresh.report.stage_seconds["select"] < 1_000
+    assert fresh.report.stage_tokens == again.report.stage_tokens
 
 
-def test_the_optimizer_holds_the_trained_weights_and_no_others(tmp_path):
-    run = short_run(tmp_path, optimizer_cls_and_kwargs=(torch.optim.Adagrad, {"lr": 0.1}))
+def test_an_attempt_that_failed_is_not_charged_twice(tmp_path, monkeypatch):
+    run = trainer(tmp_path, changes={"max_steps": 1})
+    monkeypatch.setattr(choosing, "find_reference", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.train()
+    monkeypatch.undo()
+    before = run._clock.costs
     run.train()
-    optimizer = run.optimizer.optimizer
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert isinstance(optimizer, torch.optim.Adagrad)
-    assert held == {id(p) for name, p in run.model.named_parameters() if name in deltas(run.model)}
-
-
-def test_an_optimizer_made_by_hand_is_used_if_it_covers_the_adapter(tmp_path):
-    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    mine = torch.optim.SGD(trained, lr=0.5)
-    run = short_run(tmp_path, model=model, optimizers=(mine, None))
-    run.train()
-    assert run.optimizer.optimizer is mine
-    short = short_run(tmp_path, model=model, optimizers=(torch.optim.SGD(trained[:1], lr=0.5), None))
-    with pytest.raises(ValueError, match="`optimizers` holds an optimizer that lacks"):
-        short.train()
+    assert run.report.stage_tokens == {**before.tokens, "train": run.report.stage_tokens["train"]}
 
 
 class Watch(TrainerCallback):

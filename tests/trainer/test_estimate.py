@@ -166,10 +166,10 @@ def test_localizing_is_what_comes_once_and_what_comes_for_each_token(tmp_path, m
 
     monkeypatch.setattr(module, "localize_heads", localize)
     tokens = sum(map(len, run.target_dataset["input_ids"]))
-    assert module._localize_seconds(run, run.train_dataset) == pytest.approx(30 + 2 * tokens)
+    assert module._localize_seconds(run, run.target_dataset) == pytest.approx(30 + 2 * tokens)
     assert sorted(calls) == [1, 3]
-    few = run.target_dataset = run.target_dataset.select(range(13))
-    assert module._localize_seconds(run, run.train_dataset) == pytest.approx(30 + 2 * sum(map(len, few["input_ids"])))
+    few = run.target_dataset.select(range(13))
+    assert module._localize_seconds(run, few) == pytest.approx(30 + 2 * sum(map(len, few["input_ids"])))
     assert calls[2:] == [4]
 
 

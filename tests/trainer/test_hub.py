@@ -1,5 +1,6 @@
 """To the Hub and back, with the real client and a local server."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -49,6 +50,10 @@ def test_to_the_hub_and_back(tmp_path):
     assert set(hub.unknown) <= {"GET /api/agent-harnesses"}
 
     files = hub.files("user/adapter")
+    # weights went to LFS storage, and nothing else did but what the Trainer keeps of its state
+    large = {path for path, content in files.items() if hashlib.sha256(content).hexdigest() in hub.lfs}
+    assert {"adapter_model.safetensors", "lora/adapter_model.safetensors"} <= large
+    assert {path.rpartition(".")[2] for path in large} <= {"safetensors", "bin", "pt", "pth"}
     assert set(files) >= {
         "README.md",
         "adapter_config.json",
