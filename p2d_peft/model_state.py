@@ -59,10 +59,17 @@ def autocast_without_cache(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """The device on which a model expects its inputs: that of its input embeddings, or of its first parameter."""
+    """
+    The device on which a model expects its inputs: that of its input embeddings, or of its first parameter, or the one that
+    Accelerate brings those to where they are offloaded.
+    """
     get_input_embeddings = getattr(model, "get_input_embeddings", None)
     embeddings = get_input_embeddings() if get_input_embeddings is not None else None
-    return next((model if embeddings is None else embeddings).parameters()).device
+    module = model if embeddings is None else embeddings
+    device: torch.device = next(module.parameters()).device
+    if device.type == "meta":
+        device = torch.device(getattr(getattr(module, "_hf_hook", None), "execution_device", None) or device)
+    return device
 
 
 def model_id(model: nn.Module) -> str | None:

@@ -50,16 +50,12 @@ def output_as_wanted(quiet: bool, debug: bool) -> Iterator[None]:
         debug (`bool`): Print what libraries say of their future.
     """
     from huggingface_hub.utils import are_progress_bars_disabled
-    from transformers.utils import logging
 
-    from ..selection.progress import quiet_datasets
+    from ..selection.progress import no_bars
 
     with ExitStack() as stack:
         if quiet or are_progress_bars_disabled():
-            stack.enter_context(quiet_datasets())
-            if logging.is_progress_bar_enabled():
-                logging.disable_progress_bar()
-                stack.callback(logging.enable_progress_bar)
+            stack.enter_context(no_bars())
         if quiet:
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
         if not debug:

@@ -27,6 +27,7 @@ from ..report import P2DReport
 from ..report.run_report import REPORT_NAME
 from ..selection import P2DDataSelector
 from ..selection.pool import rows_of
+from ..selection.progress import no_bars
 from ..selection.row_checks import check_rows
 from ..selection.selector import needs_heads
 from ..tuners import HeadSparseConfig
@@ -306,7 +307,9 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
                 self._start_from(state)
         elif self._p2d_state is None:
             check_optimizer_is_there(self)
-            self._start_from(choose(self))
+            with no_bars() if self.args.disable_tqdm else nullcontext():
+                state = choose(self)
+            self._start_from(state)
         else:  # a second training is charged for itself, and again for what it builds on
             self._clock.set(self._clock.costs.without("train"))
         with self._clock.stage("train", tokens=self._trained_tokens):

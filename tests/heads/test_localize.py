@@ -218,21 +218,18 @@ def test_errors_name_the_argument_and_the_way_out():
 @pytest.mark.parametrize("method", SEEING)
 def test_scores_that_are_no_numbers_are_an_error_not_a_ranking(method):
     model = tiny_model()
-    with torch.no_grad():
-        model.lm_head.weight[5] = math.nan
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output * math.nan)  # the weights are numbers
     before = snapshot(model)
     with pytest.raises(ValueError, match="gave no finite score for 12 of 12 heads"):
         localize_heads(model, [random_batch()], method=method)
     assert_unchanged(model, before)
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method not in ("gate", "ablation", "random")])
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "random"])
 def test_meta_weights_are_refused_before_any_pass(method):
     with torch.device("meta"):
         model = type(tiny_model())(tiny_model().config)
-    with pytest.raises(
-        ValueError, match=rf"'{method}' needs .*'model\.layers\.0\.self_attn\.q_proj\.weight' is .* on meta"
-    ):
+    with pytest.raises(ValueError, match=r"no values in 'model\.embed_tokens\.weight': it is on the meta device"):
         localize_heads(model, [random_batch()], method=method)
 
 
@@ -274,7 +271,7 @@ def test_a_method_that_is_neither_name_nor_function_is_refused():
 
 
 def test_batches_that_are_no_text_are_named():
-    with pytest.raises(ValueError, match=r"`batches` must hold .* got one without \['input_ids'\]"):
+    with pytest.raises(ValueError, match=r"`batches` must hold .* got a dict without \['input_ids'\]"):
         localize_heads(LAYOUTS["whisper"].model(), [{"input_features": None, "labels": None}], method="gate")
 
 

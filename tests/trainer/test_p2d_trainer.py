@@ -7,6 +7,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainingArguments
+from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from p2d_peft import HeadSet, HeadSparseConfig, P2DConfig, P2DTrainer, efficiency
@@ -479,3 +480,15 @@ def test_a_model_without_supported_heads_is_refused_before_the_pool_is_tokenized
     )
     with pytest.raises(ValueError, match=r"PersimmonForCausalLM"):
         trainer(tmp_path, model=transformers.AutoModelForCausalLM.from_config(config_))
+
+
+@pytest.mark.parametrize("disable_tqdm", [True, False])
+def test_the_stages_show_bars_where_the_training_does(disable_tqdm, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(logging, "_tqdm_active", True)
+    run = trainer(tmp_path, changes={"max_steps": 1, "reference_steps": 0, "disable_tqdm": disable_tqdm})
+    capsys.readouterr()
+    run.train()
+    printed = capsys.readouterr().err
+    for name in ("Localize (proxy)", "Select (affinity)"):
+        assert (name in printed) != disable_tqdm
+    assert logging.is_progress_bar_enabled()
