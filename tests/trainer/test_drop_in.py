@@ -251,13 +251,18 @@ def test_the_best_checkpoint_comes_back_and_old_ones_go(tmp_path):
     [
         {"neftune_noise_alpha": 5.0},
         {"loss_type": "dft"},
+        {"loss_type": "chunked_nll"},  # what `nll`, the default, was called
+        {"padding_free": True, "max_length": None},
+        {"packing": True, "packing_strategy": "bfd", "max_length": 30},
+        {"packing": True, "packing_strategy": "bfd_split", "max_length": 30},
+        {"packing": True, "packing_strategy": "wrapped", "max_length": 30},
         {"activation_checkpointing": True},
         {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
-        {"torch_compile": True, "torch_compile_backend": "eager"},
+        {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 1},
         {"gradient_accumulation_steps": 2, "label_smoothing_factor": 0.1},
         {"bf16": True, "use_cpu": True},
     ],
-    ids=lambda changes: "-".join(changes),
+    ids=lambda changes: "-".join(f"{name}={value}" for name, value in changes.items()),
 )
 def test_options_of_sft_trainer_work_as_there(changes, tmp_path):
     run = short_run(tmp_path, changes)
