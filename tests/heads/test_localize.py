@@ -266,7 +266,7 @@ def test_what_a_method_of_ones_own_leaves_out_is_named(scores, got):
 
 
 def test_a_method_that_is_neither_name_nor_function_is_refused():
-    with pytest.raises(ValueError, match="`method` must be one of .* or a function, got 3"):
+    with pytest.raises(ValueError, match=r"`method` must be one of .* or a function, got 3"):
         localize_heads(tiny_model(), [random_batch()], method=3)
 
 
