@@ -20,6 +20,7 @@ from ..selection.selector import needs_heads
 from .added_tokens import vocabulary
 from .arguments import changed
 from .config import P2DConfig
+from .data_files import save_data_files
 from .reference import check_reference, count_tokens, find_reference, training_batches
 from .state import P2DState
 from .tokenized import tokenized
@@ -77,6 +78,8 @@ def choose(trainer: P2DTrainer) -> P2DState:
     state = P2DState(heads, method, pool_rows=n_rows, pool_tokens=n_tokens, selected_tokens=n_tokens)
     if selects:
         _note_selection(state, selector)
+        if trainer.is_world_process_zero():
+            save_data_files(trainer, selector, pool)
     with _without_virtual_tokens(trainer.model):
         state.reference = find_reference(trainer, pool, state.pool_rows, state.pool_tokens)
     return state

@@ -50,6 +50,10 @@ class P2DConfig(SFTConfig):
             Without `reference_seconds` and `reference_report`: how many steps of full fine-tuning to time for an
             estimate, after one to warm up. They need the memory of full fine-tuning and leave the model as it was. 0: no
             estimate, no AER.
+        report_samples (`int`, *optional*, defaults to `10`):
+            How many of the rows with the best and with the worst scores are written as text into `_p2d_samples.json` in
+            `output_dir`, for `p2d report` to show. Nothing that begins with an underscore is pushed to the Hub. 0: no text
+            of the data is written.
     """
 
     p2d: bool = field(
@@ -119,6 +123,13 @@ class P2DConfig(SFTConfig):
             "for an estimate, after one to warm up. They need the memory of full fine-tuning. 0: no estimate, no AER."
         },
     )
+    report_samples: int = field(
+        default=10,
+        metadata={
+            "help": "How many of the rows with the best and with the worst scores are written as text into "
+            "`_p2d_samples.json` for `p2d report`, which is not pushed to the Hub. 0: no text of the data is written."
+        },
+    )
 
     def __post_init__(self) -> None:
         for name in ("head_ratio", "data_ratio"):
@@ -142,6 +153,7 @@ class P2DConfig(SFTConfig):
                     f"('{self.reference_report}'), not both."
                 )
             MeasuredRun.read(self.reference_report)  # a file that will not do is told of at once
-        if self.reference_steps < 0:
-            raise ValueError(f"`reference_steps` must be at least 0, got {self.reference_steps}.")
+        for name in ("reference_steps", "report_samples"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
         super().__post_init__()

@@ -20,7 +20,6 @@ from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 from ..heads import ModelGeometry
 from ..report import P2DReport
 from ..report.run_report import library_versions
-from ..version import __version__
 from .saved_files import PICTURE_NAME, adapter_folder, is_head_sparse, lora_folder, save_heads
 from .state import P2DState
 
@@ -71,7 +70,7 @@ def complete_model_card(trainer: P2DTrainer, model_name: str | None) -> None:
         "choices": None if state is None else _choices(model, state),
         "costs": None if trainer.report is None or in_training else _costs(trainer.report),
         "picture": PICTURE_NAME if (folder / PICTURE_NAME).is_file() else None,
-        "versions": {"p2d_peft": __version__, **library_versions()}.items(),
+        "versions": library_versions().items(),
         "tracking": ", ".join(_tracking_links()),
     }
     ModelCard.from_template(data, template_path=str(_TEMPLATE), **values).save(folder / REPOCARD_NAME)

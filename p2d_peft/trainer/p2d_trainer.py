@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,13 +27,14 @@ from .arguments import as_p2d_config, changed
 from .checks import check_attention, check_optimizer, check_sharding, check_type
 from .choosing import choose, scores_folder
 from .config import P2DConfig
+from .data_files import remove_data_files
 from .deferred_adapter import BackwardEndsAtLowestHead, DeferredAdapter, attach
 from .estimate import estimate_run
 from .model_card import complete_model_card
 from .reference import count_tokens
 from .reporting import make_report, report_metrics
 from .run_estimate import RunEstimate
-from .saved_files import load_head_scores, save_beside_model
+from .saved_files import load_head_scores, save_beside_model, save_heads
 from .state import P2DState
 from .tokenized import tokenized
 
@@ -248,6 +248,15 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         Raises:
             `ValueError`: if the checkpoint to resume from is not one of P2DTrainer's, or belongs to another pool.
         """
+        output = self._choose_and_train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        self.save_state()  # `p2d report` draws its log; the checkpoints' end before the training does
+        return output
+
+    def _choose_and_train(
+        self, resume_from_checkpoint: str | bool | None, trial: Any, ignore_keys_for_eval: list[str] | None
+    ) -> TrainOutput:
+        if not resume_from_checkpoint and self._p2d_state is None and self.is_world_process_zero():
+            remove_data_files(self.args.output_dir)
         if not self.args.p2d:
             self._clock.set(StageCosts())
             if resume_from_checkpoint:  # what the steps before took is not known, so there is nothing to report
@@ -333,7 +342,10 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             if self.args.p2d:
                 logs.update(report_metrics(self.report))
             if self.is_world_process_zero():
-                self.report.save(os.path.join(self.args.output_dir, REPORT_NAME))
+                folder = Path(self.args.output_dir)
+                self.report.save(folder / REPORT_NAME)
+                # what the report is read with, also where nobody saves the model
+                save_heads(folder, self.model, self.heads, self.head_scores, picture=False)
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
