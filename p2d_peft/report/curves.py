@@ -73,9 +73,7 @@ def curve_charts(log_history: Any) -> list[CurveChart]:
         quantity, source = _parts(name, points)
         charts.setdefault(quantity, []).append(Curve(source, _thinned(sorted(values.items()))))
     order = sorted(charts, key=lambda quantity: (*_place(quantity), quantity))
-    return [CurveChart(_TITLES.get(quantity, quantity.replace("_", " ")), charts[quantity]) for quantity in order][
-        :MOST_CHARTS
-    ]
+    return [CurveChart(_TITLES.get(quantity, _words(quantity)), charts[quantity]) for quantity in order][:MOST_CHARTS]
 
 
 def _is_number(value: Any) -> bool:
@@ -99,6 +97,11 @@ def _parts(name: str, names: Mapping[str, Any]) -> tuple[str, str]:
     quantity = max(quantities, key=len, default=rest)
     data_set = rest.removesuffix(quantity).rstrip("_")
     return quantity, f"evaluation, {data_set}" if data_set else "evaluation"
+
+
+def _words(quantity: str) -> str:
+    words = quantity.replace("_", " ").strip()
+    return words[:1].upper() + words[1:]
 
 
 def _place(quantity: str) -> tuple[int]:

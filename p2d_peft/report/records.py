@@ -67,7 +67,9 @@ class Record:
         try:
             return _read(cls, data, "")
         except _WrongError as error:
-            raise ValueError(f"'{path}' is damaged: {error}. Make it again with the run, or get another copy.") from error
+            raise ValueError(
+                f"'{path}' is damaged: {error}. Make it again with the run, or get another copy."
+            ) from error
 
     @classmethod
     def is_format_of(cls, data: Any) -> bool:

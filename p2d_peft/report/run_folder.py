@@ -117,7 +117,9 @@ def _scores(path: Path, report: P2DReport, heads: HeadSet) -> HeadScores | None:
 
 def _last_checkpoint(folder: Path) -> Path | None:
     numbers = {
-        int(match[1]): path for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name)) and path.is_dir()
+        int(match[1]): path
+        for path in folder.iterdir()
+        if (match := _CHECKPOINT.fullmatch(path.name)) and path.is_dir()
     }
     return numbers[max(numbers)] if numbers else None
 

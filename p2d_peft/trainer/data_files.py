@@ -171,7 +171,9 @@ def _groups(column: Dataset, kept: torch.Tensor, is_quota: bool) -> list[Group] 
     if len(in_pool) < 2:
         return None
     listed = [value for value, _ in in_pool.most_common(MOST_VALUES)]
-    names = [feature.int2str(value) if isinstance(feature, ClassLabel) and value is not None else value for value in listed]
+    names = [
+        feature.int2str(value) if isinstance(feature, ClassLabel) and value is not None else value for value in listed
+    ]
     groups = [
         Group(str(shown)[:LONGEST_VALUE], in_pool[value], in_kept[value])
         for shown, value in zip(names, listed, strict=True)

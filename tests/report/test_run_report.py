@@ -23,6 +23,7 @@ def report(**changes):
         "model": "org/name",
         "seed": 42,
         "n_heads": 12,
+        "layer_heads": {"0": 4, "1": 4, "2": 4},
         "heads": {"0": [1]},
         "localize_method": "proxy",
         "pool_rows": 100,
@@ -32,6 +33,7 @@ def report(**changes):
         "scorer": "affinity",
         "trainable_parameters": 10,
         "total_parameters": 1000,
+        "arguments": {"learning_rate": 0.001, "bf16": True, "optim": "adamw"},
     }
     return P2DReport(**{**values, **changes})
 
