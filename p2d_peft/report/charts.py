@@ -49,7 +49,9 @@ def round_numbers(low: float, high: float, count: int = 5) -> list[float]:
         return [low, high]
     power = 10.0 ** math.floor(math.log10(rough))
     step = next((factor * power for factor in (1, 2, 5) if factor * power >= rough), 10 * power)
-    return [index * step for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    # an end that is such a number is one of them, whatever the rounding
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [index * step for index in range(first, last + 1)]
 
 
 def number(value: float) -> str:

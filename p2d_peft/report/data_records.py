@@ -40,11 +40,11 @@ class Histogram:
         ascending = all(a < b for a, b in zip(self.edges, self.edges[1:], strict=False))
         if n_bins < 1 or not ascending or len(self.kept) != n_bins or len(self.left_out) != n_bins:
             raise ValueError(
-                f"A histogram needs ascending `edges` and one count less in `kept` and `left_out`, got {n_bins + 1}, "
+                f"a histogram needs ascending `edges` and one count less in `kept` and `left_out`, got {n_bins + 1}, "
                 f"{len(self.kept)} and {len(self.left_out)}."
             )
         if min(self.kept + self.left_out) < 0:
-            raise ValueError("A histogram's counts must be at least 0.")
+            raise ValueError("a histogram's counts must be at least 0.")
 
 
 @dataclass(frozen=True)

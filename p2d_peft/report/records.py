@@ -13,7 +13,7 @@ import reprlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ..files import read_json, write_json
@@ -68,7 +68,7 @@ class Record:
             return _read(cls, data, "")
         except _WrongError as error:
             raise ValueError(
-                f"'{path}' is damaged: {error}. Make it again with the run, or get another copy."
+                f"'{path}' is damaged: {str(error).rstrip('.')}. Make it again with the run, or get another copy."
             ) from error
 
     @classmethod
@@ -85,7 +85,12 @@ def _read(declared: Any, value: Any, name: str) -> Any:
     """A JSON value as what a field declares; `name` is where it stands."""
     kind, inner = get_origin(declared), get_args(declared)
     if kind in (Union, UnionType):
-        for option in inner:
+        options = [option for option in inner if option is not NoneType]
+        if value is None and len(options) < len(inner):
+            return None
+        if len(options) == 1:  # whose own message tells more
+            return _read(options[0], value, name)
+        for option in options:
             with suppress(_WrongError):
                 return _read(option, value, name)
     elif kind is list and isinstance(value, list):
@@ -112,7 +117,10 @@ def _read_dataclass(cls: Any, data: dict[str, Any], name: str) -> Any:
         if field.name not in data:
             raise _WrongError(f"`{where}` is missing")
         values[field.name] = _read(hints[field.name], data[field.name], where)
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise _WrongError(f"in `{name}`, {error}" if name else str(error)) from error
 
 
 def _is(kind: Any, value: Any) -> bool:
