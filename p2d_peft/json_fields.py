@@ -2,60 +2,81 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from contextlib import suppress
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .printable import shown
 
 
-def checked_fields(kind: type, data: Mapping[str, Any]) -> dict[str, Any]:
+def checked_fields(kind: type, data: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """
     The entries of a JSON object that are fields of a dataclass, each of the type that the dataclass says. Other entries
     are left out: a later version may have written them.
 
-    A `float` takes any finite number, a `tuple` a list. What is no type of JSON has to be an instance, made before.
+    A `float` takes any finite number, a `tuple` a list, a dataclass an object. What is no type of JSON has to be an
+    instance, made before.
 
     Args:
         kind (`type`): The dataclass.
         data (`Mapping[str, Any]`): The object.
+        where (`str`, *optional*): What to put before the fields' names in messages.
 
     Raises:
         `ValueError`: if an entry is of another type, or one is missing whose field has no default; the message names it.
     """
     hints = get_type_hints(kind)
     found: dict[str, Any] = {}
-    for field in fields(kind):
-        if field.name not in data:
-            if field.default is MISSING and field.default_factory is MISSING:
-                raise ValueError(f"'{field.name}' is missing.")
-            continue
-        value = data[field.name]
-        if not _fits(value, hints[field.name]):
-            raise ValueError(f"'{field.name}' must be {_name(hints[field.name])}, got {shown(value)}.")
-        found[field.name] = value
+    for field in dataclasses.fields(kind):
+        name = where + field.name
+        if field.name in data:
+            found[field.name] = _read(hints[field.name], data[field.name], name)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"'{name}' is missing.")
     return found
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type."""
+def _read(hint: Any, value: Any, name: str) -> Any:
+    """A JSON value as what a field declares; `name` is where it stands."""
     kind, parts = get_origin(hint) or hint, get_args(hint)
     if kind is Any:
-        return True
+        return value
     if kind in (Union, types.UnionType):
-        return any(_fits(value, part) for part in parts)
-    if kind is Literal:
-        return isinstance(value, str) and value in parts
-    if kind in (list, tuple):  # tuple[int, ...]: parts[1] is the ellipsis
-        return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
-    if kind is dict:
-        return isinstance(value, dict) and all(_fits(k, parts[0]) and _fits(v, parts[1]) for k, v in value.items())
-    if kind in (int, float):  # a bool is an int to Python, and an int no float
+        options = [part for part in parts if part is not types.NoneType]
+        if value is None and len(options) < len(parts):
+            return None
+        # of a value that may be none, or one thing, that thing's own message tells more
+        if len(options) == 1 and (get_origin(options[0]) or dataclasses.is_dataclass(options[0])):
+            return _read(options[0], value, name)
+        for option in options:
+            with suppress(ValueError):
+                return _read(option, value, name)
+    elif kind is Literal:
+        if isinstance(value, str) and value in parts:
+            return value
+    elif kind in (list, tuple):  # tuple[int, ...]: parts[1] is the ellipsis
+        if isinstance(value, list):
+            return [_read(parts[0], entry, f"{name}[{index}]") for index, entry in enumerate(value)]
+    elif kind is dict:
+        if isinstance(value, dict):
+            return {key: _read(parts[1], entry, f"{name}[{shown(key)}]") for key, entry in value.items()}
+    elif kind in (int, float):  # a bool is an int to Python, and an int no float
         wanted = int if kind is int else (int, float)
-        return isinstance(value, wanted) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, kind)
+        with suppress(OverflowError):  # an int may be longer than any float
+            if isinstance(value, wanted) and not isinstance(value, bool) and math.isfinite(value):
+                return kind(value)
+    elif dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        assert isinstance(kind, type)
+        try:
+            return kind(**checked_fields(kind, value, f"{name}."))
+        except TypeError as error:
+            raise ValueError(f"'{name}': {error}") from error
+    elif isinstance(value, kind):
+        return value
+    raise ValueError(f"'{name}' must be {_name(hint)}, got {shown(value)}.")
 
 
 def _name(hint: Any) -> str:

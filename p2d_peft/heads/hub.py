@@ -14,6 +14,8 @@ from ..version import __version__
 
 # The file that a head set has in a folder or a Hub repository, that of an adapter included.
 HEADS_NAME = "p2d_heads.json"
+# The file beside it with the scores that the heads were chosen by.
+HEAD_SCORES_NAME = "p2d_head_scores.json"
 
 
 def find_file(name_or_path: str | Path, filename: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> Path:

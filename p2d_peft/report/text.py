@@ -1,4 +1,4 @@
-"""A report as text."""
+"""A report, and a comparison with another one, as text."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..printable import printable
+from .overlap import Overlap
 from .run_report import P2DReport
 
 
@@ -33,6 +34,16 @@ def report_text(report: P2DReport, width: int = 100) -> str:
         for name, value in fields.items()
     )
     return "\n".join(lines).replace(_UNBROKEN, " ")
+
+
+def overlap_text(overlap: Overlap) -> str:
+    """The heads of two runs beside one another, in a few lines."""
+    lines = [f"heads in common  {overlap.both}, of {overlap.ours} here and {overlap.theirs} in the other run"]
+    if overlap.chance is not None:
+        lines.append(f"by chance        {overlap.chance:.3g} on average")
+    if overlap.spearman is not None:
+        lines.append(f"of all scores    rank correlation {overlap.spearman:.2f}")
+    return "\n".join(lines)
 
 
 def _shown(value: Any) -> str:

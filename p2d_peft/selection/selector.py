@@ -124,6 +124,7 @@ class P2DDataSelector:
     Attributes:
         report ([`ScoringReport`] or `None`): What there is to tell of the last scoring.
         scores (`torch.Tensor` or `None`): The scores that it gave.
+        n_tokens (`torch.Tensor` or `None`): The length of each row as it was scored, int64; 0 where there is no score.
         rows (`list[int]` or `None`): The rows that the last `select` kept, ascending.
 
     Raises:
@@ -206,6 +207,7 @@ class P2DDataSelector:
         self.policies = tuple(policies)
         self.report: ScoringReport | None = None
         self.scores: torch.Tensor | None = None
+        self.n_tokens: torch.Tensor | None = None
         self.rows: list[int] | None = None
         self.engine = ScoringEngine(
             scorer=scorer,
@@ -290,7 +292,7 @@ class P2DDataSelector:
 
     def _score(self, pool: Dataset | IterableDataset) -> PoolScores:
         scored = self.engine.score(pool)
-        self.report, self.scores = scored.report, scored.scores
+        self.report, self.scores, self.n_tokens = scored.report, scored.scores, scored.n_tokens
         return scored
 
     def _choose(self, pool: Dataset | IterableDataset, scored: PoolScores) -> list[int]:

@@ -22,6 +22,7 @@ from .added_tokens import vocabulary
 from .arguments import changed
 from .config import P2DConfig
 from .data_checks import check_datasets
+from .data_files import save_data_files
 from .reference import check_reference, count_tokens, find_reference, training_batches
 from .state import P2DState
 from .tokenized import tokenized
@@ -86,6 +87,8 @@ def choose(trainer: P2DTrainer) -> P2DState:
     state = P2DState(heads, method, pool_rows=n_rows, pool_tokens=n_tokens, selected_tokens=n_tokens)
     if selects:
         _note_selection(trainer, state, selector)
+        if trainer.is_world_process_zero():
+            save_data_files(trainer, selector, pool)
     with _without_virtual_tokens(trainer.model):
         state.reference = find_reference(trainer, pool, state.pool_rows, state.pool_tokens)
     return state

@@ -53,6 +53,10 @@ class P2DConfig(SFTConfig):
             Without `reference_seconds` and `reference_report`: how many steps of full fine-tuning to time for an
             estimate, after one to warm up. They need the memory of full fine-tuning and leave the model as it was. 0: no
             estimate, no AER.
+        report_samples (`int`, *optional*, defaults to `10`):
+            How many of the rows with the best and with the worst scores are written as text into `_p2d_samples.json` in
+            `output_dir`, for `p2d report` to show. Nothing that begins with an underscore is pushed to the Hub. 0: no text
+            of the data is written.
     """
 
     p2d: bool = field(
@@ -122,6 +126,13 @@ class P2DConfig(SFTConfig):
             "for an estimate, after one to warm up. They need the memory of full fine-tuning. 0: no estimate, no AER."
         },
     )
+    report_samples: int = field(
+        default=10,
+        metadata={
+            "help": "How many of the rows with the best and with the worst scores are written as text into "
+            "`_p2d_samples.json` for `p2d report`, which is not pushed to the Hub. 0: no text of the data is written."
+        },
+    )
 
     def __post_init__(self) -> None:
         for name in ("head_ratio", "data_ratio"):
@@ -145,6 +156,7 @@ class P2DConfig(SFTConfig):
                 )
             check_type("reference_report", self.reference_report, (str, os.PathLike), "a path")
             MeasuredRun.read(self.reference_report)  # a file that will not do is told of at once
-        check_count("reference_steps", self.reference_steps, least=0)
+        for name in ("reference_steps", "report_samples"):
+            check_count(name, getattr(self, name), least=0)
         check_type("p2d", self.p2d, (bool,), "True or False")
         super().__post_init__()

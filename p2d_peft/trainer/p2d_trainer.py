@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -37,6 +36,7 @@ from .checks import check_attention, check_optimizer, check_optimizer_is_there, 
 from .choosing import choose, scores_folder
 from .config import P2DConfig
 from .data_checks import ARGUMENTS
+from .data_files import remove_data_files
 from .deferred_adapter import BackwardEndsAtLowestHead, DeferredAdapter, attach
 from .estimate import estimate_run
 from .interruption import explained_interruption
@@ -44,7 +44,7 @@ from .model_card import complete_model_card
 from .reference import count_tokens
 from .reporting import make_report, report_metrics
 from .run_estimate import RunEstimate
-from .saved_files import load_head_scores, save_beside_model
+from .saved_files import load_head_scores, save_beside_model, save_heads
 from .state import P2DState
 from .tokenized import tokenized
 
@@ -283,11 +283,15 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             `KeyboardInterrupt`: as it comes, after a warning that says what is kept and how to go on.
         """
         with explained_interruption(self) if self.args.p2d else nullcontext():
-            return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            output = self._choose_and_train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        self.save_state()  # `p2d report` draws its log; the checkpoints' end before the training does
+        return output
 
-    def _train(
+    def _choose_and_train(
         self, resume_from_checkpoint: str | bool | None, trial: Any, ignore_keys_for_eval: list[str] | None
     ) -> TrainOutput:
+        if not resume_from_checkpoint and self._p2d_state is None and self.is_world_process_zero():
+            remove_data_files(self.args.output_dir)
         if not self.args.p2d:
             self._clock.set(StageCosts())
             if resume_from_checkpoint:  # what the steps before took is not known, so there is nothing to report
@@ -382,8 +386,11 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         super().log(logs, start_time)
 
     def _save_report(self, report: P2DReport) -> None:
+        folder = Path(self.args.output_dir)
         try:
-            report.save(os.path.join(self.args.output_dir, REPORT_NAME))
+            report.save(folder / REPORT_NAME)
+            # what the report is read with, also where nobody saves the model
+            save_heads(folder, self.model, self.heads, self.head_scores, picture=False)
         except OSError as error:  # the trained weights are worth more, and not saved yet
             logger.warning("The report is in `trainer.report` alone. %s", error)
 

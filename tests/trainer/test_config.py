@@ -42,6 +42,7 @@ def test_works_with_trl_parser_flags_yaml_and_help(tmp_path, capsys):
         ("reference_seconds", 0.0, r"`reference_seconds` must be positive, got 0\.0"),
         ("reference_report", "gone", "`reference_report`='gone' does not exist"),
         ("reference_steps", -1, "`reference_steps` must be at least 0, got -1"),
+        ("report_samples", -1, "`report_samples` must be at least 0, got -1"),
     ],
 )
 def test_bad_fields_are_named(field, value, message, tmp_path):
