@@ -63,7 +63,6 @@ def test_to_the_hub_and_back(tmp_path):
         "p2d_selection.json",
         "p2d_costs.png",
         "p2d_data.png",
-        "p2d_curves.png",
         "p2d_state.json",
         "tokenizer.json",
         "last-checkpoint/p2d_state.json",
