@@ -1,6 +1,6 @@
 import huggingface_hub.utils
 import pytest
-from datasets.utils import are_progress_bars_disabled
+from datasets.utils import are_progress_bars_disabled, enable_progress_bars
 from transformers.utils import logging
 
 from p2d_peft import __version__
@@ -58,6 +58,7 @@ def bars(monkeypatch):
     """Bars are on, as they are where no variable switches them off."""
     monkeypatch.setattr(huggingface_hub.utils, "are_progress_bars_disabled", lambda: False)
     monkeypatch.setattr(logging, "_tqdm_active", True)
+    enable_progress_bars()  # which benchmarks switch off
 
 
 def test_bars_name_their_stage(localizing, bars, capsys):

@@ -205,7 +205,9 @@ def _hybrid():
 
 def test_errors_name_the_argument_and_the_way_out():
     model = tiny_model()
-    with pytest.raises(ValueError, match=r"`method` must be one of 'proxy', 'taylor', .*'random', got 'magic'"):
+    with pytest.raises(
+        ValueError, match=r"`method` must be one of 'proxy', 'taylor', .*'random', or a function, got 'magic'"
+    ):
         localize_heads(model, [], method="magic")
     for method in SEEING:
         with pytest.raises(ValueError, match="no sample with a token that counts"):

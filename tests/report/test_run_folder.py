@@ -72,7 +72,6 @@ def damage(folder, name, **changes):
         ("p2d_report.json", {"stage_seconds": {"train": "<script>"}}, "must be float"),
         ("p2d_head_scores.json", {"values": [["a"]]}, "is damaged or no table of head scores"),
         ("p2d_head_scores.json", {"values": None}, "is damaged or no table of head scores"),
-        ("p2d_head_scores.json", {"more": 1}, "is damaged or no table of head scores"),
         ("p2d_selection.json", {"scores": {"edges": [1.0, 0.0], "kept": [1], "left_out": [1]}}, "ascending `edges`"),
         ("p2d_selection.json", {"scores": {"edges": [0.0, 1.0], "kept": [-1], "left_out": [1]}}, "at least 0"),
         ("_p2d_samples.json", {"best": [{"text": 1}]}, "is missing"),
