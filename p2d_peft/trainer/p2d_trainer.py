@@ -314,7 +314,7 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             assert state.heads is not None
             self.model = attach(self.model, self._head_sparse_config, state.heads, self.args)
             self.model_wrapped = self.model
-            if not (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            if not (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
                 self.add_callback(BackwardEndsAtLowestHead)
         check_optimizer(self.optimizer, self.model)
         self.train_dataset = selected

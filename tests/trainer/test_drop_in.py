@@ -254,8 +254,8 @@ def test_the_best_checkpoint_comes_back_and_old_ones_go(tmp_path):
     [
         {"neftune_noise_alpha": 5.0},
         {"loss_type": "dft"},
-        {"activation_checkpointing": True},
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         {"torch_compile": True, "torch_compile_backend": "eager"},
         {"gradient_accumulation_steps": 2, "label_smoothing_factor": 0.1},
         {"bf16": True, "use_cpu": True},
