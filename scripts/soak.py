@@ -87,7 +87,9 @@ def cycle(index: int, folder: Path, resident: nn.Module) -> None:
         loaded = PeftModel.from_pretrained(tiny_model(), folder / "run").eval()
         merged = loaded.merge_and_unload()
         assert torch.allclose(merged(**batch).logits, trained, atol=1e-4)
-        assert not torch.allclose(resident(**batch).logits, trained, atol=1e-4)  # which is not trained, and the same seed
+        assert not torch.allclose(
+            resident(**batch).logits, trained, atol=1e-4
+        )  # which is not trained, and the same seed
 
     scores = localize_heads(resident, [batch], method=method)
     scores.top(0.25).save(folder / "heads.json")
@@ -135,7 +137,9 @@ def summary(taken: list[dict[str, int]], most_memory: float) -> dict[str, Any]:
         most_memory (`float`): The growth of memory, in kB a cycle, that is still none.
     """
     steady = taken[len(taken) // 10 :]
-    grown = [name for name in COUNTS if steady[-1][name] > steady[0][name] and slope([one[name] for one in steady]) > 0]
+    grown = [
+        name for name in COUNTS if steady[-1][name] > steady[0][name] and slope([one[name] for one in steady]) > 0
+    ]
     memory = slope([one["memory_kb"] for one in steady])
     if memory > most_memory:
         grown.append("memory_kb")

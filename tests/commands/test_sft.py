@@ -149,3 +149,9 @@ def test_mistakes_are_told_before_any_work(lines, message, recipe, folder, given
     assert main(["sft", "--config", recipe]) == 2
     error = capsys.readouterr().err
     assert message in error and not given.kwargs
+
+
+def test_a_missing_bitsandbytes_is_named(recipe, monkeypatch, capsys):
+    monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)
+    assert main(["sft", "--config", recipe, "--load_in_4bit"]) == 2
+    assert "requires bitsandbytes: `pip install -U bitsandbytes" in capsys.readouterr().err

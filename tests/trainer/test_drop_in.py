@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -17,6 +19,12 @@ from ..quantized_models import load_quantized, save_base
 from ..tiny_data import KINDS, conversational, prompt_completion, rows, text
 from ..tiny_models import tiny_model, tiny_tokenizer
 from .test_p2d_trainer import assert_same_weights, config, deltas, trainer
+
+
+OTHER_LOSSES = pytest.mark.skipif(
+    Version(trl.__version__) < Version("1.15"),
+    reason="before TRL 1.15 SFTTrainer's chunked loss asks a model with another loss for what only its own gives",
+)
 
 
 HEADS = HeadSet([(0, 1), (2, 3)])
@@ -257,7 +265,7 @@ def test_the_best_checkpoint_comes_back_and_old_ones_go(tmp_path):
         {"gradient_checkpointing": True},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         {"torch_compile": True, "torch_compile_backend": "eager"},
-        {"gradient_accumulation_steps": 2, "label_smoothing_factor": 0.1},
+        pytest.param({"gradient_accumulation_steps": 2, "label_smoothing_factor": 0.1}, marks=OTHER_LOSSES),
         {"bf16": True, "use_cpu": True},
     ],
     ids=lambda changes: "-".join(changes),
@@ -271,6 +279,7 @@ def test_options_of_sft_trainer_work_as_there(changes, tmp_path):
     assert names <= {"model.embed_tokens"}  # where reentrant checkpoints need an input with a gradient
 
 
+@OTHER_LOSSES
 def test_losses_and_metrics_of_ones_own(tmp_path):
     seen = []
 
