@@ -42,8 +42,8 @@ from p2d_peft.report.run_report import REPORT_NAME, library_versions
 # The tests' folder, not the checkout's root: that would hide the installation that is to be looked at.
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from tiny_data import prompt_completion  # noqa: E402
-from tiny_models import random_batch, tiny_model, tiny_tokenizer  # noqa: E402
+from tiny_data import prompt_completion
+from tiny_models import random_batch, tiny_model, tiny_tokenizer
 
 
 METHODS = ("proxy", "taylor", "gate", "fisher", "gain", "ablation", "random")
@@ -82,14 +82,15 @@ def cycle(index: int, folder: Path, resident: nn.Module) -> None:
     assert P2DReport.load(folder / "run" / REPORT_NAME).aer > 0
 
     batch = random_batch()
+    inputs = {"input_ids": batch["input_ids"]}  # with labels, TRL's chunked loss gives no logits
     with torch.no_grad():
-        trained = trainer.model.eval()(**batch).logits
+        trained = trainer.model.eval()(**inputs).logits
         loaded = PeftModel.from_pretrained(tiny_model(), folder / "run").eval()
         merged = loaded.merge_and_unload()
-        assert torch.allclose(merged(**batch).logits, trained, atol=1e-4)
+        assert torch.allclose(merged(**inputs).logits, trained, atol=1e-4)
         assert not torch.allclose(
-            resident(**batch).logits, trained, atol=1e-4
-        )  # which is not trained, and the same seed
+            resident(**inputs).logits, trained, atol=1e-4
+        )
 
     scores = localize_heads(resident, [batch], method=method)
     scores.top(0.25).save(folder / "heads.json")
