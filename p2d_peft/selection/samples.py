@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-from trl.trainer import sft_trainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .pool import in_memory
@@ -197,10 +197,13 @@ def _in_parts() -> Iterator[None]:
     `SFTTrainer` lets one process go first and fill a cache file for the others, which wait. Here nothing is written, and
     with unlike numbers of parts they would wait for one another forever.
     """
-    main_first = sft_trainer.global_then_local_main_first
-    sft_trainer.global_then_local_main_first = nullcontext
+    names = ("main_process_first", "local_main_process_first")
+    waiting = {name: getattr(PartialState, name) for name in names}
+    for name in names:
+        setattr(PartialState, name, lambda state: nullcontext())
     try:
         with quiet_datasets():
             yield
     finally:
-        sft_trainer.global_then_local_main_first = main_first
+        for name, method in waiting.items():
+            setattr(PartialState, name, method)

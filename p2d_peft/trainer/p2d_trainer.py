@@ -363,7 +363,7 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             self.model_wrapped = self.model
             if self.args.activation_offloading:  # what is a weight, and stays where it is
                 self.maybe_activation_offload_context.update_model_params(self.model)
-            if not (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            if not (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
                 self.add_callback(BackwardEndsAtLowestHead)
         check_optimizer(self.optimizer, self.model)
         self.train_dataset = selected

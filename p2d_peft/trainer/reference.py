@@ -180,16 +180,18 @@ def training_mode(trainer: P2DTrainer) -> Iterator[tuple[TrainingLoss, MakeOptim
 @contextmanager
 def _checkpointing_as_in_training(model: Any, args: P2DConfig) -> Iterator[None]:
     """Switch activation checkpointing on as `Trainer.train` would, and off again."""
-    if not args.activation_checkpointing or model.is_activation_checkpointing:
+    # Arguments and modules have the old name in all versions of transformers, the model's methods only up to 5.21.
+    name = "activation" if hasattr(type(model), "activation_checkpointing_enable") else "gradient"
+    if not args.gradient_checkpointing or getattr(model, f"is_{name}_checkpointing"):
         yield
         return
-    kwargs = dict(args.activation_checkpointing_kwargs or {})
-    every_n_layers, offload = kwargs.pop("every_n_layers", 1), kwargs.pop("offload", False)
-    model.activation_checkpointing_enable(kwargs or None, every_n_layers=every_n_layers, offload=offload)
+    kwargs = dict(args.gradient_checkpointing_kwargs or {})
+    options = {key: kwargs.pop(key) for key in ("every_n_layers", "offload") if key in kwargs}
+    getattr(model, f"{name}_checkpointing_enable")(kwargs or None, **options)
     try:
         yield
     finally:
-        model.activation_checkpointing_disable()
+        getattr(model, f"{name}_checkpointing_disable")()
         model.disable_input_require_grads()  # enabled along with it, and left on
 
 

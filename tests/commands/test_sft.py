@@ -163,3 +163,9 @@ def test_mistakes_are_told_before_any_work(lines, message, recipe, folder, given
 def test_quiet_reaches_the_trainer(recipe, given, capsys):
     assert main(["sft", "--config", recipe, "--disable_tqdm", "false", "--quiet"]) == 0
     assert given.kwargs["args"].disable_tqdm and capsys.readouterr().out == ""
+
+
+def test_a_missing_bitsandbytes_is_named(recipe, monkeypatch, capsys):
+    monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)
+    assert main(["sft", "--config", recipe, "--load_in_4bit"]) == 2
+    assert "requires bitsandbytes: `pip install -U bitsandbytes" in capsys.readouterr().err

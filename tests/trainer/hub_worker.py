@@ -42,7 +42,7 @@ def trainer(repo_id: str, base: str = BASE, **changes: object) -> P2DTrainer:
         "head_ratio": 0.25,
         "localize_method": "taylor",
         "reference_steps": 1,
-        "activation_checkpointing": False,
+        "gradient_checkpointing": False,
         "disable_tqdm": True,
         "push_to_hub": True,
         "hub_model_id": repo_id,

@@ -5,7 +5,9 @@ import time
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -19,6 +21,12 @@ from ..quantized_models import load_quantized, save_base
 from ..tiny_data import KINDS, conversational, prompt_completion, rows, text
 from ..tiny_models import tiny_model, tiny_tokenizer
 from .test_p2d_trainer import assert_same_weights, config, deltas, trainer
+
+
+OTHER_LOSSES = pytest.mark.skipif(
+    Version(trl.__version__) < Version("1.15"),
+    reason="before TRL 1.15 SFTTrainer's chunked loss asks a model with another loss for what only its own gives",
+)
 
 
 HEADS = HeadSet([(0, 1), (2, 3)])
@@ -256,10 +264,10 @@ def test_the_best_checkpoint_comes_back_and_old_ones_go(tmp_path):
         {"packing": True, "packing_strategy": "bfd", "max_length": 30},
         {"packing": True, "packing_strategy": "bfd_split", "max_length": 30},
         {"packing": True, "packing_strategy": "wrapped", "max_length": 30},
-        {"activation_checkpointing": True},
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 1},
-        {"gradient_accumulation_steps": 2, "label_smoothing_factor": 0.1},
+        pytest.param({"gradient_accumulation_steps": 2, "label_smoothing_factor": 0.1}, marks=OTHER_LOSSES),
         {"bf16": True, "use_cpu": True},
     ],
     ids=lambda changes: "-".join(f"{name}={value}" for name, value in changes.items()),
@@ -273,6 +281,7 @@ def test_options_of_sft_trainer_work_as_there(changes, tmp_path):
     assert names <= {"model.embed_tokens"}  # where reentrant checkpoints need an input with a gradient
 
 
+@OTHER_LOSSES
 def test_losses_and_metrics_of_ones_own(tmp_path):
     seen = []
 

@@ -30,7 +30,7 @@ def config(tmp_path, **changes):
         "head_ratio": 0.25,
         "logging_steps": 1,
         "save_strategy": "no",
-        "activation_checkpointing": False,
+        "gradient_checkpointing": False,
         "reference_steps": 1,
         "disable_tqdm": True,
     }
@@ -390,7 +390,7 @@ def test_gradient_checkpointing_trains_to_the_same_weights(reentrant, tmp_path):
     plain.train()
     kwargs = None if reentrant is None else {"use_reentrant": reentrant}
     checkpointed = trainer(
-        tmp_path / "b", changes={"activation_checkpointing": True, "activation_checkpointing_kwargs": kwargs}
+        tmp_path / "b", changes={"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
     )
     checkpointed.train()
     for name, delta in deltas(plain.model).items():
@@ -422,7 +422,7 @@ def test_the_model_is_what_it_was_after_an_exception_in_a_stage(stage, tmp_path,
     with pytest.raises(RuntimeError, match="boom"):
         run.train()
     assert_unchanged(run.model, before)
-    assert not run.model.is_activation_checkpointing
+    assert not run.model.is_gradient_checkpointing
     monkeypatch.undo()
     run.train()  # and it can be done again
     assert run.report is not None

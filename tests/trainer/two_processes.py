@@ -42,7 +42,7 @@ def main(folder: str, batch_size: int, how: str = "") -> dict:
         learning_rate=1e-2,
         max_grad_norm=0.0,
         save_strategy="epoch",
-        activation_checkpointing=False,
+        gradient_checkpointing=False,
         reference_steps=1,
         **sharded,
     )
