@@ -88,9 +88,7 @@ def cycle(index: int, folder: Path, resident: nn.Module) -> None:
         loaded = PeftModel.from_pretrained(tiny_model(), folder / "run").eval()
         merged = loaded.merge_and_unload()
         assert torch.allclose(merged(**inputs).logits, trained, atol=1e-4)
-        assert not torch.allclose(
-            resident(**inputs).logits, trained, atol=1e-4
-        )
+        assert not torch.allclose(resident(**inputs).logits, trained, atol=1e-4)
 
     scores = localize_heads(resident, [batch], method=method)
     scores.top(0.25).save(folder / "heads.json")
