@@ -109,7 +109,7 @@ def test_a_checkpoint_of_an_interrupted_run_goes_on(tmp_path):
 
 
 CHILD = """
-import sys, time
+import signal, sys, time
 from p2d_peft import cli
 from p2d_peft.selection import engine
 
@@ -124,6 +124,8 @@ def save_one_and_wait(*args):
     saved.append(1)
 
 engine.ShardStore.save = save_one_and_wait
+# what a shell starts in the background ignores the signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.exit(cli.main(sys.argv[1:]))
 """
 
