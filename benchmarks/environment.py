@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import p2d_peft
 from p2d_peft.report.run_report import library_versions
 
 
@@ -23,8 +22,8 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python, of the libraries that a result depends on, and of this one."""
-    return {**library_versions(), "p2d_peft": p2d_peft.__version__}
+    """The versions of this library, of Python and of the libraries that a result depends on."""
+    return library_versions()
 
 
 def load_average() -> float | None:

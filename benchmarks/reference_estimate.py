@@ -62,7 +62,7 @@ def main() -> None:
                 folder,
                 per_device_train_batch_size=8,
                 max_length=256,
-                activation_checkpointing=False,
+                gradient_checkpointing=False,
                 bf16=True,
                 use_cpu=not torch.accelerator.is_available(),
                 save_strategy="no",

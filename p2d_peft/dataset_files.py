@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+from pyarrow import ArrowException
 
-from .files import unfinished
+from .files import check_new, unfinished
 
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -32,12 +34,23 @@ def read_dataset(
         streaming (`bool`, *optional*, defaults to `False`): Whether to give a stream.
 
     Raises:
-        `ValueError`: if a folder holds several splits and none is named.
+        `FileNotFoundError`: if there is no such file.
+        `ValueError`: if a file is empty or damaged, or a folder holds several splits and none is named.
     """
+    try:
+        return _read(source, config, split, streaming)
+    except (DatasetGenerationError, ArrowException) as error:
+        # of the first of these the cause says what is wrong
+        raise ValueError(f"'{source}' cannot be read: {error.__cause__ or error}") from error
+
+
+def _read(source: str, config: str | None, split: str | None, streaming: bool) -> Dataset | IterableDataset:
     path = Path(source)
     if is_dataset_file(source):
         if not path.is_file():
             raise FileNotFoundError(f"There is no file '{source}'.")
+        if not path.stat().st_size:
+            raise ValueError(f"'{source}' is empty.")
         return load_dataset(_READERS[path.suffix], data_files=str(path), split="train", streaming=streaming)
     name = source
     if split is None and ":" in source:
@@ -54,13 +67,30 @@ def read_dataset(
     return load_dataset(name, config, split=split or "train", streaming=streaming)
 
 
+def check_new_dataset(target: str | Path) -> None:
+    """
+    Check, before any work, that a dataset can be written to `target`.
+
+    Raises:
+        `ValueError`: if `target` exists, or has the ending of a file that can be read but not written.
+        `OSError`: if nothing can be written there.
+    """
+    suffix = Path(target).suffix
+    if not Path(target).name:
+        raise ValueError(f"'{target}' is no name for a file or a folder.")
+    if suffix in _READERS and suffix not in _WRITERS:
+        raise ValueError(f"'{target}': rows are not written as {suffix}; take {', '.join(_WRITERS)}, or a folder.")
+    check_new(target)
+
+
 def write_dataset(dataset: Dataset, target: str | Path) -> None:
     """
     Write a dataset, in full or not at all: to a `.jsonl`, `.parquet` or `.csv` file by its ending, otherwise as a folder
     for `load_from_disk`.
 
     Raises:
-        `ValueError`: if `target` exists.
+        `ValueError`, `OSError`: as [`check_new_dataset`] does.
     """
+    check_new_dataset(target)
     with unfinished(target) as path:
         getattr(dataset, _WRITERS.get(Path(target).suffix, "save_to_disk"))(str(path))

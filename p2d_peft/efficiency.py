@@ -156,6 +156,15 @@ class StageClock:
         """Start from the costs of an earlier run, in place of what was charged so far."""
         self._charged = costs
 
+    def charge(self, name: Stage, seconds: float, tokens: int) -> None:
+        """Add to a stage what an earlier run spent on it and this one takes over."""
+        charged = self._charged
+        self._charged = replace(
+            charged,
+            seconds={**charged.seconds, name: charged.seconds.get(name, 0.0) + seconds},
+            tokens={**charged.tokens, name: charged.tokens.get(name, 0) + tokens},
+        )
+
     @property
     def costs(self) -> StageCosts:
         """What this process knows of the costs so far, those of a running stage included."""

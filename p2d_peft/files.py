@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+
+_HOW_TO_GO_ON = "What was there before is as it was; make room, or give a place that can be written to."
 
 
 @contextmanager
@@ -20,27 +26,68 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     Args:
         path (`str` or `Path`): The file to write; missing parent folders are made.
+
+    Raises:
+        `OSError`: if it cannot be written, because the disk is full, say; the message names `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # "_": what begins so is not uploaded by a Trainer that pushes the folder in the background
     temporary = path.with_name(f"_{path.name}.{os.getpid()}.tmp")
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):  # it was not made, or cannot be removed: what went wrong before is to be told
+                temporary.unlink()
+
+
+@contextmanager
+def _naming(target: Path) -> Iterator[None]:
+    """
+    Context in which an error of the system that ends the writing of `target` names it, rather than a temporary file, and
+    says how to go on. It keeps its `errno`.
+    """
     try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number is None:  # not of the system but of a library
+            raise OSError(f"'{target}' could not be written: {error}. {_HOW_TO_GO_ON}") from error
+        if isinstance(error, FileExistsError):  # a file in the place of a folder: folders that are there are no error
+            number = errno.ENOTDIR
+        raise OSError(number, f"'{target}' could not be written: {os.strerror(number)}. {_HOW_TO_GO_ON}") from error
 
 
 def check_new(target: str | Path) -> None:
     """
-    Check, before any work, that something can be written to `target`.
+    Check, before any work, that something new can be written to `target`.
 
     Raises:
         `ValueError`: if something is there already: it may have taken hours to make.
+        `OSError`: as [`check_writable`] does.
     """
     if Path(target).exists():
         raise ValueError(f"'{target}' exists already; give another name, or move it away.")
+    check_writable(target)
+
+
+def check_writable(target: str | Path) -> None:
+    """
+    Check, before any work, that a file can be made or replaced: that something can be made in the folder that it goes to, or
+    in the nearest one that is there. What the permissions say is not enough, as they do not bind root, and a file system may
+    be read-only.
+
+    Raises:
+        `OSError`: if it cannot; the message names `target`.
+    """
+    target = Path(target)
+    # os.path: what lies beneath a file, or has too long a name, is not there
+    folder = next(folder for folder in target.absolute().parents if os.path.lexists(folder))
+    with _naming(target), tempfile.TemporaryFile(dir=folder):
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "")
 
 
 @contextmanager
@@ -54,17 +101,19 @@ def unfinished(target: str | Path) -> Iterator[Path]:
 
     Raises:
         `ValueError`: if `target` exists.
+        `OSError`: if it cannot be written, because the disk is full, say; the message names `target`.
     """
     check_new(target)
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # within a folder of its own: a folder that `mkdtemp` makes can be read by its owner only
-    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        yield folder / target.name
-        os.replace(folder / target.name, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with _naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # within a folder of its own: a folder that `mkdtemp` makes can be read by its owner only
+        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        try:
+            yield folder / target.name
+            os.replace(folder / target.name, target)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_json(path: str | Path, data: Any) -> None:
@@ -101,4 +150,4 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # of bad JSON, bad UTF-8, overlong numbers, and deep nesting
-        raise ValueError(f"'{path}' is not a JSON file: {error}") from error
+        raise ValueError(f"'{path}' is not a JSON file: {error}; it may be cut off. Write it anew.") from error

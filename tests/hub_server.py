@@ -1,7 +1,8 @@
 """
 A small Hugging Face Hub on this machine, in memory, that answers what `huggingface_hub` asks for model repositories.
 
-It tells clients to send all files in the commit itself ("regular"), never to LFS or Xet storage.
+Files of weights and the like go to LFS storage, in one part, as on the Hub for clients without Xet; all others are sent in
+the commit itself ("regular").
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import yaml
 TOKEN = "hf_local"
 USER = "user"
 _REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
+# of what the Hub puts into a new repository's .gitattributes
+_LFS = (".arrow", ".bin", ".ckpt", ".gz", ".npz", ".parquet", ".pkl", ".pt", ".pth", ".safetensors", ".zip")
 _REPO_ID = re.compile(r"([\w.-]+/)?[\w.-]+")
 
 
@@ -64,22 +67,27 @@ class LocalHub:
 
     Attributes:
         repos: The repositories by id.
+        lfs: What was sent to LFS storage, by SHA-256.
         environment: What a process needs to take this for the Hub, whatever this process was told.
         unknown: Requests that were not understood.
     """
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
+        self.lfs: dict[str, bytes] = {}
         self.unknown: list[str] = []
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        # another host, as that of the Hub's storage is: what a redirect within the Hub says of a file would be lost
+        self._storage = f"http://localhost:{self._server.server_port}/lfs"
         self.environment = {
             "HF_ENDPOINT": self.endpoint,
             "HF_TOKEN": TOKEN,
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "127.0.0.1",
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1,localhost",
         }
 
     def __enter__(self) -> LocalHub:
@@ -141,13 +149,41 @@ class LocalHub:
             "files": [
                 {
                     "path": file["path"],
-                    "uploadMode": "regular",
+                    "uploadMode": "lfs" if file["path"].endswith(_LFS) else "regular",
                     "shouldIgnore": False,
-                    "oid": _blob_oid(there[file["path"]]) if file["path"] in there else None,
+                    "oid": _etag(file["path"], there[file["path"]]) if file["path"] in there else None,
                 }
                 for file in json.loads(body)["files"]
             ]
         }
+
+    def lfs_batch(self, repo: str, body: bytes) -> Any:
+        self.repo(repo)
+        objects = json.loads(body)["objects"]
+        for wanted in objects:
+            if wanted["oid"] not in self.lfs:
+                wanted["actions"] = {
+                    "upload": {"href": f"{self._storage}/{wanted['oid']}"},
+                    "verify": {"href": f"{self.endpoint}/api/lfs-verify"},
+                }
+        return {"transfer": "basic", "objects": objects}
+
+    def lfs_put(self, oid: str, body: bytes) -> Any:
+        if hashlib.sha256(body).hexdigest() != oid:
+            raise RefusedError(400, "", "The content is not what was announced")
+        self.lfs[oid] = body
+        return {}
+
+    def lfs_verify(self, body: bytes) -> Any:
+        wanted = json.loads(body)
+        if len(self._lfs_object(wanted["oid"])) != wanted["size"]:
+            raise RefusedError(422, "", "The size is not what was announced")
+        return {}
+
+    def _lfs_object(self, oid: str) -> bytes:
+        if oid not in self.lfs:
+            raise RefusedError(404, "", "There is no such LFS object")
+        return self.lfs[oid]
 
     def commit(self, repo: str, revision: str, body: bytes, create_pr: bool) -> Any:
         lines = [json.loads(line) for line in body.splitlines()]
@@ -160,6 +196,8 @@ class LocalHub:
                     message = value["summary"]
                 elif key == "file":
                     files[value["path"]] = base64.b64decode(value["content"])
+                elif key == "lfsFile":
+                    files[value["path"]] = self._lfs_object(value["oid"])
                 elif key == "deletedFile":
                     del files[value["path"]]
                 else:
@@ -194,7 +232,7 @@ class LocalHub:
         return [
             *({"type": "directory", "path": path, "oid": _oid(path), "size": 0} for path in folders),
             *(
-                {"type": "file", "path": path, "oid": _blob_oid(files[path]), "size": len(files[path])}
+                {"type": "file", "path": path, "size": len(files[path]), **_oids(path, files[path])}
                 for path in inside
                 if recursive or "/" not in path[len(prefix) :]
             ),
@@ -211,6 +249,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._answer()
 
+    def do_PUT(self) -> None:
+        self._answer()
+
     def do_POST(self) -> None:
         self._answer()
 
@@ -218,6 +259,10 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         url = urlsplit(self.path)
         try:
+            stored = re.fullmatch(r"/lfs/(?P<oid>[0-9a-f]{64})", url.path)
+            if stored is not None and self.command in ("GET", "HEAD"):
+                self._send(200, self.hub._lfs_object(stored["oid"]), {"Accept-Ranges": "bytes"})
+                return
             file = re.fullmatch(rf"/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", url.path)
             if file is not None and self.command in ("GET", "HEAD"):
                 self._send_file(**{name: unquote(part) for name, part in file.groupdict().items()})
@@ -239,10 +284,16 @@ class _Handler(BaseHTTPRequestHandler):
             ("GET", "/api/whoami-v2"): hub.whoami,
             ("POST", "/api/repos/create"): lambda: hub.create(body),
             ("POST", "/api/validate-yaml"): lambda: hub.validate_yaml(body),
+            ("POST", "/api/lfs-verify"): lambda: hub.lfs_verify(body),
         }
         if (self.command, path) in plain:
             return plain[self.command, path]()
         revision = r"(?P<revision>[^/]+)"
+        storage = re.fullmatch(rf"/{_REPO}\.git/info/lfs/objects/batch|/lfs/(?P<oid>[0-9a-f]{{64}})", path)
+        if storage is not None and (self.command, storage["repo"] is None) in (("POST", False), ("PUT", True)):
+            if storage["oid"] is not None:
+                return hub.lfs_put(storage["oid"], body)
+            return hub.lfs_batch(storage["repo"], body)
         for command, pattern, answer in (
             ("GET", "", hub.info),
             ("GET", f"/revision/{revision}", hub.info),
@@ -267,9 +318,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_file(self, repo: str, revision: str, path: str) -> None:
         commit = self.hub.repo(repo).at(revision)
         headers = {"X-Repo-Commit": commit.oid}
-        if path in commit.files:
+        if path in commit.files and path.endswith(_LFS):  # the storage is elsewhere, and so said
             content = commit.files[path]
-            self._send(200, content, {**headers, "ETag": f'"{_blob_oid(content)}"', "Accept-Ranges": "bytes"})
+            oid = _etag(path, content)
+            linked = {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(content))}
+            self._send(302, b"", {**headers, **linked, "Location": f"{self.hub._storage}/{oid}"})
+        elif path in commit.files:
+            content = commit.files[path]
+            self._send(200, content, {**headers, "ETag": f'"{_etag(path, content)}"', "Accept-Ranges": "bytes"})
         else:
             self._send(404, b"Entry not found", {**headers, "X-Error-Code": "EntryNotFound"})
 
@@ -291,6 +347,20 @@ def _oid(text: str) -> str:
     return hashlib.sha1(text.encode()).hexdigest()
 
 
-def _blob_oid(content: bytes) -> str:
-    """The id that git gives a file; clients compare it to see whether it changed."""
+def _etag(path: str, content: bytes) -> str:
+    """The id of a file's content, as git or LFS gives it; clients compare it to see whether it changed."""
+    if path.endswith(_LFS):
+        return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _oids(path: str, content: bytes) -> dict[str, Any]:
+    """How a file is listed: of one in LFS storage, git has a pointer."""
+    oid = _etag(path, content)
+    if not path.endswith(_LFS):
+        return {"oid": oid}
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {len(content)}\n"
+    return {
+        "oid": _etag("pointer", pointer.encode()),
+        "lfs": {"oid": oid, "size": len(content), "pointerSize": len(pointer)},
+    }

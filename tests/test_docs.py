@@ -21,7 +21,7 @@ from .tiny_models import tiny_model, tiny_tokenizer
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("**/*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -99,3 +99,17 @@ def test_links_between_pages_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if "://" not in link:
             assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_takes_from_other_files_is_there(page):
+    for name, _, section in re.findall(
+        r'^--8<-- "([^":]+)(:(\w+))?"$', page.read_text(encoding="utf-8"), re.MULTILINE
+    ):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert not section or (f"[start:{section}]" in text and f"[end:{section}]" in text), (name, section)
+
+
+def test_what_one_adds_is_short():
+    for code in blocks(ROOT / "docs" / "extending.md", "python"):
+        assert len(code.splitlines()) < 40

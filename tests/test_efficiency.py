@@ -67,6 +67,14 @@ def test_stage_clock_pauses_and_goes_on_from_an_earlier_run(monkeypatch):
     assert clock.costs.without("train") == StageCosts({"localize": 7}, {}, {"localize": 5})
 
 
+def test_what_is_taken_over_from_an_earlier_run_is_charged():
+    clock = StageClock()
+    clock.charge("select", 2.0, 30)
+    clock.set(StageCosts({"localize": 1.0, "select": 2.0}, {"select": 30}, {"select": 5}))
+    clock.charge("select", 3.0, 7)
+    assert clock.costs == StageCosts({"localize": 1, "select": 5}, {"select": 37}, {"select": 5})
+
+
 def test_a_pause_within_a_pause_counts_once(monkeypatch):
     """`evaluate` calls itself for each of several datasets."""
     watch, clock = Time(monkeypatch), StageClock()

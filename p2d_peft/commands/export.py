@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import warnings
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..files import check_new, unfinished
+from .common import DTYPES, count
 
 
 Format = Literal["lora", "merged"]
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_parser(commands: Any) -> None:
@@ -26,10 +27,10 @@ def add_parser(commands: Any) -> None:
         help="lora: for PEFT, vLLM and others; merged: the whole model (%(default)s)",
     )
     export.add_argument(
-        "--max-rank", type=int, help="cut modules of a higher rank down to this one; by default nothing is lost"
+        "--max-rank", type=count, help="cut modules of a higher rank down to this one; by default nothing is lost"
     )
     export.add_argument(
-        "--dtype", choices=_DTYPES, default="auto", help="of what is written; auto: the adapter's, merged the base's"
+        "--dtype", choices=DTYPES, default="auto", help="of what is written; auto: the adapter's, merged the base's"
     )
     export.set_defaults(run=run)
 
@@ -55,8 +56,8 @@ def export_adapter(
             or as they are, which is the adapter's for LoRA and the base model's for merged.
 
     Raises:
-        `ValueError`: if `output` exists, `adapter` holds no adapter or one of another method, or `max_rank` is given
-            with `format="merged"`. Nothing is loaded before.
+        `ValueError`: if `output` exists, `adapter` holds no adapter, one of another method or a damaged one, or
+            `max_rank` is given with `format="merged"`. Nothing is loaded before.
     """
     check_new(output)
     if format == "merged" and max_rank is not None:
@@ -76,9 +77,16 @@ def export_adapter(
     tokenizer_source = adapter if os.path.isfile(os.path.join(adapter, "tokenizer_config.json")) else None
     if format == "merged":
         tokenizer_source = tokenizer_source or config.base_model_name_or_path
-    tokenizer = None if tokenizer_source is None else AutoTokenizer.from_pretrained(tokenizer_source)
-    # a LoRA holds nothing of the base, so that only what is merged need be loaded in the dtype asked for
-    model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype if format == "merged" else "auto")
+    _check_weights(adapter)
+    try:
+        tokenizer = None if tokenizer_source is None else AutoTokenizer.from_pretrained(tokenizer_source)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")  # PEFT goes on without them
+            # a LoRA holds nothing of the base, so that only what is merged need be loaded in the dtype asked for
+            model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype if format == "merged" else "auto")
+    except Exception as error:
+        base = config.base_model_name_or_path
+        raise ValueError(f"'{adapter}' cannot be loaded on its base model '{base}': {error}") from error
     with unfinished(output) as folder:
         if format == "merged":
             model.merge_and_unload(safe_merge=True).save_pretrained(folder)
@@ -94,14 +102,35 @@ def export_adapter(
     print(f"written to {output}")
 
 
+def _check_weights(adapter: str) -> None:
+    """Look at an adapter's weights before its base model is loaded. Files that would be unpickled are none."""
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
+    from safetensors import SafetensorError, safe_open
+
+    path = os.path.join(adapter, SAFETENSORS_WEIGHTS_NAME)
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"'{adapter}' has no {SAFETENSORS_WEIGHTS_NAME}; save the adapter anew, other files are not read."
+        )
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is damaged or cut off: {error}. Take another checkpoint.") from error
+
+
 def _find_adapter(name: str) -> str:
     """The folder that holds the adapter that a run, an adapter or a Hub id stands for."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     from peft.utils import CONFIG_NAME
     from transformers.trainer_utils import get_last_checkpoint
 
     # of a run on the Hub without its checkpoints
-    root = name if os.path.isdir(name) else snapshot_download(name, ignore_patterns=["*/*"])
+    try:
+        root = name if os.path.isdir(name) else snapshot_download(name, ignore_patterns=["*/*"])
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        raise ValueError(f"There is no folder '{name}' to find an adapter in, and from the Hub: {error}") from error
     for folder in (root, get_last_checkpoint(root)):
         if folder is not None and os.path.isfile(os.path.join(folder, CONFIG_NAME)):
             return folder

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..dataset_files import read_dataset
+from ..files import check_writable
 from ..heads import localize_heads
 from ..heads.localize import LocalizeMethod
 from ..model_state import model_device
-from .common import DATA, add_model, load, save_plot
+from .common import DATA, add_model, check_plot, count, load_model, load_tokenizer, save_plot, share
 
 
 def add_parser(commands: Any) -> None:
@@ -19,10 +20,10 @@ def add_parser(commands: Any) -> None:
     add_model(heads)
     heads.add_argument("--data", required=True, help=f"samples of the task: {DATA}")
     heads.add_argument("--method", choices=get_args(LocalizeMethod), default="proxy", help="default: %(default)s")
-    heads.add_argument("--samples", type=int, default=100, help="at most so many rows of --data (%(default)s)")
-    heads.add_argument("--ratio", type=float, default=0.1, help="share of the heads to choose (%(default)s)")
-    heads.add_argument("--per-layer", type=int, help="at most so many heads of one layer; spread evenly by default")
-    heads.add_argument("--per-group", type=int, help="at most so many of the heads that share their keys and values")
+    heads.add_argument("--samples", type=count, default=100, help="at most so many rows of --data (%(default)s)")
+    heads.add_argument("--ratio", type=share, default=0.1, help="share of the heads to choose (%(default)s)")
+    heads.add_argument("--per-layer", type=count, help="at most so many heads of one layer; spread evenly by default")
+    heads.add_argument("--per-group", type=count, help="at most so many of the heads that share their keys and values")
     heads.add_argument("--output", type=Path, required=True, help="where to write the chosen heads, as JSON")
     heads.add_argument("--scores", type=Path, help="where to write the scores of all heads, as JSON")
     heads.add_argument("--plot", type=Path, help="where to draw the scores (.png, .svg, .pdf)")
@@ -33,10 +34,20 @@ def run(args: argparse.Namespace) -> None:
     """Localize, choose and write."""
     from ..selection.samples import prepare_samples
 
+    written = [path for path in (args.output, args.scores, args.plot) if path is not None]
+    if len(set(written)) < len(written):
+        raise ValueError(
+            f"--output, --scores and --plot must be files of their own, got {', '.join(map(str, written))}."
+        )
+    for path in written:
+        check_writable(path)
+    if args.plot:
+        check_plot(args.plot)
     data = read_dataset(args.data).shuffle(seed=args.seed)
     data = data.select(range(min(args.samples, len(data))))
-    model, tokenizer, config = load(args)
+    tokenizer, config = load_tokenizer(args)
     samples = prepare_samples(data, tokenizer, config, name="data")
+    model = load_model(args)
     batches = [batch for _, batch in samples.batches(args.batch_size, model_device(model))]
     scores = localize_heads(model, batches, method=args.method, seed=args.seed)
     heads = scores.top(args.ratio, per_layer=args.per_layer or "even", per_group=args.per_group)

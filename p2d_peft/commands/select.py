@@ -7,9 +7,19 @@ import json
 from pathlib import Path
 from typing import Any, get_args
 
-from ..dataset_files import read_dataset, write_dataset
-from ..files import check_new
-from .common import DATA, add_model, load, read_heads, save_plot
+from ..dataset_files import check_new_dataset, read_dataset, write_dataset
+from ..files import check_writable
+from .common import (
+    DATA,
+    add_model,
+    check_plot,
+    count,
+    load_model,
+    load_tokenizer,
+    read_heads,
+    save_plot,
+    share,
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -26,13 +36,13 @@ def add_parser(commands: Any) -> None:
     )
     select.add_argument("--scorer", choices=get_args(ScorerName), default="affinity", help="default: %(default)s")
     size = select.add_mutually_exclusive_group()
-    size.add_argument("--ratio", type=float, help="share of the rows to keep (0.1)")
-    size.add_argument("--num-samples", type=int, help="number of rows to keep")
-    size.add_argument("--max-tokens", type=int, help="number of tokens to keep")
+    size.add_argument("--ratio", type=share, help="share of the rows to keep (0.1)")
+    size.add_argument("--num-samples", type=count, help="number of rows to keep")
+    size.add_argument("--max-tokens", type=count, help="number of tokens to keep")
     select.add_argument("--output", required=True, help="where to write the rows: .jsonl, .parquet, .csv or a folder")
     select.add_argument("--cache-dir", type=Path, help="folder to keep scores in, to go on from after a crash")
     select.add_argument("--plot", type=Path, help="where to draw a histogram of the scores (.png, .svg, .pdf)")
-    select.add_argument("--show", type=int, default=0, metavar="N", help="print the N best and the N worst rows")
+    select.add_argument("--show", type=count, default=0, metavar="N", help="print the N best and the N worst rows")
     select.set_defaults(run=run)
 
 
@@ -40,12 +50,32 @@ def run(args: argparse.Namespace) -> None:
     """Score, choose and write."""
     from ..selection import P2DDataSelector
     from ..selection.pool import extremes
+    from ..selection.row_checks import check_rows
+    from ..selection.selector import needs_heads, needs_target
 
-    check_new(args.output)
+    check_new_dataset(args.output)
+    if args.plot:
+        check_plot(args.plot)
+    if args.cache_dir:
+        check_writable(args.cache_dir / "run")
+    for needed, given, option in (
+        (needs_heads(args.scorer), args.heads, "--heads, what `p2d heads` wrote"),
+        (needs_target(args.scorer), args.target, "--target, a few samples of the task"),
+    ):
+        if needed and not given:
+            raise ValueError(f"--scorer {args.scorer} needs {option}.")
     heads = read_heads(args.heads) if args.heads else None
     pool = read_dataset(args.pool)
     target = read_dataset(args.target) if args.target else None
-    model, tokenizer, config = load(args)
+    tokenizer, config = load_tokenizer(args)
+    for name, dataset in (("pool", pool), ("target", target)):
+        if dataset is not None:
+            check_rows(dataset, tokenizer, config, None, name)
+    if args.num_samples and args.num_samples > len(pool):
+        raise ValueError(
+            f"--num-samples {args.num_samples} is more than the {len(pool)} rows of --pool '{args.pool}'."
+        )
+    model = load_model(args, heads, needs_heads(args.scorer))
     selector = P2DDataSelector(
         model,
         tokenizer,

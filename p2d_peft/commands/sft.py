@@ -5,15 +5,18 @@
     accelerate launch scripts/p2d_sft.py --config examples/recipes/p2d.yaml
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+from transformers.utils.logging import is_progress_bar_enabled
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset
 
 from ..dataset_files import is_dataset_file, read_dataset
 from ..trainer import P2DConfig
 from .common import read_heads
 from .launch import is_launched, launch, launch_arguments
+from .output import OneLineErrors
 
 
 # Optional[...] rather than X | None, and no `from __future__ import annotations`: HfArgumentParser reads the types.
@@ -61,7 +64,11 @@ def make_parser(prog: Optional[str] = None) -> TrlParser:  # noqa: UP045
     Args:
         prog (`str`, *optional*): The program's name in its help.
     """
-    return TrlParser((P2DScriptArguments, P2DConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+    return _Parser((P2DScriptArguments, P2DConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+
+
+class _Parser(OneLineErrors, TrlParser):
+    """TRL's parser, whose usage takes some hundred lines."""
 
 
 def main(
@@ -81,7 +88,6 @@ def main(
     """
     from trl import get_peft_config, get_quantization_config
 
-    from ..report.text import report_text
     from ..trainer import P2DTrainer
 
     heads = None if script_args.heads_file is None else read_heads(script_args.heads_file)
@@ -107,11 +113,12 @@ def main(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    output = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
-    if trainer.report is not None:
-        trainer.accelerator.print(report_text(trainer.report))
-    trainer.accelerator.print(f"saved to {training_args.output_dir}")
+    trainer.log_metrics("train", output.metrics)
+    trainer.accelerator.print(
+        f"saved to {training_args.output_dir}; `p2d report {training_args.output_dir}` tells what was chosen"
+    )
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"pushed to https://huggingface.co/{trainer.hub_model_id}")
@@ -143,19 +150,22 @@ def _training_data(
     return train, test
 
 
-def run(arguments: list[str]) -> None:
+def run(arguments: list[str], of_p2d: Sequence[str] = ()) -> None:
     """
     Run `p2d sft`: here, or through accelerate's launcher where there is something to launch; see [`launch_arguments`].
 
     Args:
         arguments (`list[str]`): What stands behind `p2d sft`.
+        of_p2d (`Sequence[str]`, *optional*): What stands between `p2d` and `sft`.
     """
     launched = is_launched()
     *parsed, of_recipe, of_line = make_parser(prog="p2d sft").parse_args_and_config(
         arguments, return_remaining_strings=True, separate_remaining_strings=True
     )
-    launcher = launch_arguments(of_recipe + of_line, ["sft", *arguments])
+    launcher = launch_arguments(of_recipe + of_line, [*of_p2d, "sft", *arguments])
     if launched or launcher is None:
+        if not is_progress_bar_enabled():  # Trainer's bar alone does not ask
+            parsed[1].disable_tqdm = True
         main(*parsed)
     else:
         launch(launcher)

@@ -8,6 +8,9 @@ from typing import Literal, TypeAlias
 
 import torch
 
+from ..argument_checks import check_share, is_index
+from ..printable import shown
+
 
 # (row, head) of a table
 Cell = tuple[int, int]
@@ -23,15 +26,19 @@ def number_of_heads(ratio: float | None, k: int | None, n_heads: int) -> int:
         n_heads (`int`): How many there are.
 
     Raises:
-        `ValueError`: if both are given, or there are not so many heads.
+        `TypeError`: if `ratio` is no number or `k` no integer.
+        `ValueError`: if both are given, or there are not so many heads, or none at all.
     """
+    if not n_heads:
+        raise ValueError("There are no heads to choose from: no head has a score.")
     if k is None:
         ratio = 0.1 if ratio is None else ratio
-        if not 0 < ratio <= 1:
-            raise ValueError(f"`ratio` must be in (0, 1], got {ratio}.")
+        check_share("ratio", ratio)
         return max(1, round(ratio * n_heads))
     if ratio is not None:
         raise ValueError(f"Give the number of heads as `ratio` or as `k`, not both; got {ratio} and {k}.")
+    if not is_index(k):
+        raise TypeError(f"`k` must be an integer, got {shown(k)}.")
     if not 1 <= k <= n_heads:
         raise ValueError(f"`k` must be from 1 to {n_heads}, the number of heads, got {k}.")
     return k
@@ -64,8 +71,11 @@ def layer_bounds(per_layer: int | tuple[int | None, int | None] | None) -> tuple
         `ValueError`: if the bounds admit no heads at all, or contradict each other.
     """
     pair = per_layer if isinstance(per_layer, (tuple, list)) else (None, per_layer)
-    if len(pair) != 2:
-        raise ValueError(f"`per_layer` must be the most heads a layer, or a pair (least, most), got {per_layer}.")
+    if len(pair) != 2 or not all(bound is None or is_index(bound) for bound in pair):
+        raise ValueError(
+            "`per_layer` must be 'even', the most heads a layer, or a pair (least, most), got "
+            f"{shown(per_layer)}; bounds are integers."
+        )
     least, most = pair[0] or 0, math.inf if pair[1] is None else pair[1]
     if least < 0 or most < 1 or least > most:
         raise ValueError(

@@ -44,7 +44,10 @@ class ModelGeometry(Mapping[Layer, AttentionGeometry]):
         Raises:
             `ValueError`: if the model has attention of a layout that is not known, or no attention at all. The
                 message names the module, what was found there and how to describe it.
+            `TypeError`: if it is no model.
         """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"`model` must be a model (`torch.nn.Module`), got {type(model).__name__}.")
         attentions = find_attentions(model)
         if not attentions:
             raise ValueError(

@@ -7,7 +7,9 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from ..argument_checks import is_index
 from ..files import read_json, write_json
+from ..printable import shown
 from .hub import HEADS_NAME, find_file, push_json
 
 
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
 Layer: TypeAlias = int | Any
 
 _FORMAT = "p2d_peft.HeadSet"
-_STACK_AND_NUMBER = re.compile(r"([A-Za-z_]\w*)\.(0|[1-9]\d*)", re.ASCII)
+# no more digits than any model has layers: a file may hold a number that takes minutes to read
+_NUMBER = re.compile(r"0|[1-9]\d{0,8}", re.ASCII)
+_STACK_AND_NUMBER = re.compile(rf"([A-Za-z_]\w*)\.({_NUMBER.pattern})", re.ASCII)
 
 
 class Head(NamedTuple):
@@ -83,11 +87,13 @@ class HeadSet(Set, Hashable):
     __slots__ = ("_heads", "_members")
 
     def __init__(self, heads: Iterable[tuple[Layer, int]] = ()) -> None:
+        if not isinstance(heads, Iterable):
+            raise TypeError(f"`heads` must hold (layer, head) pairs of integers, got {shown(heads)}.")
         members: list[Head] = []
         for pair in heads:
-            if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and _is_layer(pair[0]) and is_index(pair[1])):
+            if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and is_layer(pair[0]) and is_index(pair[1])):
                 raise TypeError(
-                    f"`heads` must hold (layer, head) pairs of integers, got {pair!r}. A layer of an encoder-decoder is "
+                    f"`heads` must hold (layer, head) pairs of integers, got {shown(pair)}. A layer of an encoder-decoder is "
                     "a string like 'encoder.0', 'decoder.0' or 'cross.0'. For a mapping from layers to lists of heads "
                     "use `HeadSet.from_layers`."
                 )
@@ -109,9 +115,19 @@ class HeadSet(Set, Hashable):
         Args:
             layers (`Mapping[int | str, Iterable[int]]`):
                 For each layer, its heads. Strings of digits, as JSON makes them of numbers, become numbers.
+
+        Raises:
+            `TypeError` and `ValueError`: as [`HeadSet`] does.
         """
+        if not isinstance(layers, Mapping):
+            raise TypeError(f"`layers` must be a mapping from layers to lists of heads, got {shown(layers)}.")
+        for layer, heads in layers.items():
+            if isinstance(heads, str) or not isinstance(heads, Iterable):
+                raise TypeError(
+                    f"`layers` must map each layer to a list of heads, got {shown(heads)} for {shown(layer)}."
+                )
         return cls(
-            (int(layer) if isinstance(layer, str) and layer.isdecimal() else layer, head)
+            (int(layer) if isinstance(layer, str) and _NUMBER.fullmatch(layer) else layer, head)
             for layer, heads in layers.items()
             for head in heads
         )
@@ -151,14 +167,9 @@ class HeadSet(Set, Hashable):
             or not isinstance(data.get("heads"), Mapping)
         ):
             raise ValueError(f"`data` is not a head set: expected a mapping with 'format': '{_FORMAT}' and 'heads'.")
-        for layer, heads in data["heads"].items():
-            if not isinstance(heads, list):
-                raise ValueError(
-                    f"`data` is not a head set: layer {layer!r} has no list of heads, but {type(heads).__name__}."
-                )
         try:
             return cls.from_layers(data["heads"])
-        except TypeError as error:  # the data is wrong, not the call
+        except (TypeError, ValueError) as error:  # the data is wrong, not the call
             raise ValueError(f"`data` is not a head set: {error}") from error
 
     def save(self, path: str | Path) -> None:
@@ -276,11 +287,6 @@ class HeadSet(Set, Hashable):
         return f"HeadSet({self.by_layer()})"
 
 
-def _is_layer(value: object) -> bool:
+def is_layer(value: object) -> bool:
+    """Whether a value has the form of a layer's address, see [`Head`]."""
     return _STACK_AND_NUMBER.fullmatch(value) is not None if isinstance(value, str) else is_index(value)
-
-
-def is_index(value: object) -> bool:
-    """Whether a value is an integer of any library that may number a head."""
-    # numpy and torch integers answer to __index__ too; a bool is an int in Python but not an index
-    return hasattr(value, "__index__") and not isinstance(value, bool)

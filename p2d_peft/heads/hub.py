@@ -14,6 +14,8 @@ from ..version import __version__
 
 # The file that a head set has in a folder or a Hub repository, that of an adapter included.
 HEADS_NAME = "p2d_heads.json"
+# The file beside it with the scores that the heads were chosen by.
+HEAD_SCORES_NAME = "p2d_head_scores.json"
 
 
 def find_file(name_or_path: str | Path, filename: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> Path:
@@ -27,9 +29,12 @@ def find_file(name_or_path: str | Path, filename: str, subfolder: str | None, hu
         hub_kwargs (`dict[str, Any]`): Goes to [`~huggingface_hub.hf_hub_download`].
 
     Raises:
+        `ValueError`: if `subfolder` leads out of the folder.
         `FileNotFoundError`: if the folder or the repository has no such file. What the Hub says otherwise (no such
             repository or revision, no access, no connection) is raised as it is.
     """
+    if subfolder is not None and ".." in Path(subfolder).parts:
+        raise ValueError(f"`subfolder`='{subfolder}' leads out of '{name_or_path}'; name that folder itself.")
     path = Path(name_or_path, subfolder or "", filename)
     if path.is_file():
         return path

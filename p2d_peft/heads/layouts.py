@@ -14,6 +14,7 @@ from typing import Literal, TypeAlias
 
 from torch import nn
 
+from ..argument_checks import check_type
 from .attention_geometry import Role
 
 
@@ -154,6 +155,7 @@ def register_attention_layout(attention_class: type[nn.Module] | str, *layouts: 
             The layout. Of several, that one holds for a module of which it has all projections, the earlier ones first.
 
     Raises:
+        `TypeError`: if a layout is none.
         `ValueError`: if no layout is given.
 
     Example:
@@ -166,6 +168,8 @@ def register_attention_layout(attention_class: type[nn.Module] | str, *layouts: 
     """
     if not layouts:
         raise ValueError("`layouts` is empty; give at least one `AttentionLayout`.")
+    for layout in layouts:
+        check_type("layouts", layout, (AttentionLayout,), "`AttentionLayout`s")
     name = attention_class if isinstance(attention_class, str) else attention_class.__name__
     _BY_CLASS[name] = layouts
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Literal, TypeAlias
 
 import torch
 from torch import nn
+from transformers.utils.logging import tqdm
 
+from ..argument_checks import check_choice, is_index
+from ..model_checks import check_module, check_runnable, check_vocabulary
 from ..model_state import autocast_without_cache, model_id, preserved_state
+from ..printable import shown
 from .ablation import ablation_scores
 from .agreement import agreement_scores
 from .fisher import fisher_scores
@@ -19,12 +24,14 @@ from .geometry import ModelGeometry
 from .magnitude import magnitude_scores
 from .proxy import proxy_scores
 from .random import random_scores
-from .samples import Batch
+from .samples import Batch, is_encoder_decoder
 from .scores import HeadScores
 from .taylor import taylor_scores
 from .trained import trained_scores
 from .weights import LayerScores, attention_weights
 
+
+logger = logging.getLogger(__name__)
 
 LocalizeMethod = Literal[
     "proxy",
@@ -41,7 +48,9 @@ LocalizeMethod = Literal[
 ]
 
 # (model, geometry, batches, seed) -> scores; runs inside preserved_state
-_METHODS: dict[str, Callable[[nn.Module, ModelGeometry, Iterable[Batch], int], LayerScores]] = {
+Localizer: TypeAlias = Callable[[nn.Module, ModelGeometry, Iterable[Batch], int], LayerScores]
+
+_METHODS: dict[str, Localizer] = {
     "proxy": proxy_scores,
     "taylor": taylor_scores,
     "gate": gate_scores,
@@ -75,13 +84,13 @@ def default_method(model: nn.Module) -> LocalizeMethod:
 
 
 def localize_heads(
-    model: nn.Module, batches: Iterable[Batch], method: LocalizeMethod = "proxy", seed: int = 42
+    model: nn.Module, batches: Iterable[Batch], method: LocalizeMethod | Localizer = "proxy", seed: int = 42
 ) -> HeadScores:
     """
     Score all attention heads of a model by how much they matter for a task (P2D section 3.2.1).
 
-    The model comes out as it went in, bit for bit: weights, gradients, `requires_grad`, train/eval mode, hooks, random
-    number generators; also when a pass fails.
+    With the methods here the model comes out as it went in, bit for bit: weights, gradients, `requires_grad`, train/eval
+    mode, hooks, random number generators; also when a pass fails.
 
     Args:
         model (`nn.Module`):
@@ -91,7 +100,7 @@ def localize_heads(
             About 100 samples of the task, as a data loader gives them: mappings with `input_ids`, `attention_mask` and
             `labels` of shape (B, T), int64, labels -100 on tokens that do not count. An encoder-decoder's labels are its
             decoder's, of a length of their own. `magnitude` and `random` read none.
-        method (`str`, *optional*, defaults to `"proxy"`):
+        method (`str` or `Callable`, *optional*, defaults to `"proxy"`):
             - `"proxy"`: the paper's, the shift of a head's weights in a short proxy run over the batches;
             - `"taylor"`: the sum of |gradient x weight| over a head's slices, sample by sample;
             - `"gate"`: |gradient of the loss for a factor on the head's output|, mean over samples;
@@ -102,17 +111,24 @@ def localize_heads(
             - `"ablation"`: the exact change of the loss without the head, one forward pass for each head;
             - `"trained"`: the fall of the held-out loss when the head alone is trained, for small models;
             - `"magnitude"`: the norm of a head's weights, a control without the task;
-            - `"random"`: the control.
+            - `"random"`: the control;
+            - a function of one's own: from the model, its [`ModelGeometry`], the batches and the seed to a mapping from
+              each layer with heads to their scores, a tensor of shape (H,). It may change `requires_grad` and the
+              train/eval mode; weights, gradients and hooks it has to leave as they are. Its name is what the scores are
+              called by.
         seed (`int`, *optional*, defaults to 42):
-            For what is random in a method, which is `random` alone. The same seed gives the same scores.
+            For what is random in a method; of those here that is `random` alone. The same seed gives the same scores.
 
     Returns:
         [`HeadScores`]: the table; `.top(0.1)` is the set of heads that the paper goes on with. Rows are layers, of an
         encoder-decoder in the order `cross.0`, ..., `decoder.0`, ..., `encoder.0`, ....
 
     Raises:
+        `TypeError`: if `model` is no model, `batches` does not hold mappings, or `seed` is no integer.
         `ValueError`: if the method is unknown, the model's attention is not supported, the method needs floating-point
-            weights and the model has others, `batches` holds nothing that counts, or a score is not a number.
+            weights and the model has others, a weight is not finite or on the meta device, `batches` holds nothing that
+            counts or tokens that the model does not know, or a score is not a number.
+        `KeyboardInterrupt`: as it comes, after a warning that says that nothing is kept.
 
     Example:
 
@@ -122,19 +138,42 @@ def localize_heads(
     >>> heads = localize_heads(model, data_loader, method="proxy").top(0.1)
     ```
     """
-    if method not in _METHODS:
-        raise ValueError(f"`method` must be one of {', '.join(map(repr, _METHODS))}, got {method!r}.")
+    if isinstance(method, str) or not callable(method):
+        check_choice("method", method, _METHODS, ", or a function")
+        name, localizer = str(method), _METHODS[method]
+    else:
+        # an object that is called, as a partial is, may have no name but its class's
+        name, localizer = getattr(method, "__name__", type(method).__name__), method
+    check_module(model)
+    if not is_index(seed):
+        raise TypeError(f"`seed` must be an integer, got {seed!r}.")
     geometry = ModelGeometry.of(model)
-    counted = _Counted(batches)
     start = time.perf_counter()
-    with preserved_state(model), autocast_without_cache(model):
-        values = _METHODS[method](model, geometry, counted, seed)
+    if method != "random":
+        check_runnable(model)
+    counted = _Counted(batches, model, name)
+    try:
+        with preserved_state(model), autocast_without_cache(model):
+            values = localizer(model, geometry, counted, seed)
+    except KeyboardInterrupt:
+        logger.warning(
+            "Localizing stopped after %d samples. Nothing of it is kept, and the model is as it was: localize again, with "
+            "fewer samples or another `method` if it takes too long.",
+            counted.n_samples,
+        )
+        raise
     seconds = time.perf_counter() - start
 
+    for layer, attention in geometry.items():
+        if layer not in values or values[layer].shape != (attention.n_heads,):
+            got = f"{tuple(values[layer].shape)}" if layer in values else "nothing"
+            raise ValueError(
+                f"`method`={name!r} must give a tensor of shape ({attention.n_heads},) for layer {layer}, got {got}."
+            )
     bad = [tuple(head) for head in geometry.heads if not torch.isfinite(values[head.layer][head.head])]
     if bad:
         raise ValueError(
-            f"`method`={method!r} gave no finite score for {len(bad)} of {len(geometry.heads)} heads, first for "
+            f"`method`={name!r} gave no finite score for {len(bad)} of {len(geometry.heads)} heads, first for "
             f"(layer, head) {bad[0]}: the model's loss or gradients are not finite on `batches`."
         )
     table = torch.full(geometry.shape, torch.nan, dtype=torch.float64)
@@ -144,7 +183,7 @@ def localize_heads(
     groups = tuple(geometry[layer].n_kv_heads if layer in geometry else 0 for layer in geometry.rows)
     return HeadScores(
         table,
-        method,
+        name,
         seed,
         counted.n_samples or None,
         model_id(model),
@@ -155,18 +194,41 @@ def localize_heads(
 
 
 class _Counted:
-    """Passes batches on and counts their rows."""
+    """Passes batches on, checks them, counts their rows and shows how far it is."""
 
-    def __init__(self, batches: Iterable[Batch]) -> None:
+    def __init__(self, batches: Iterable[Batch], model: nn.Module, method: str) -> None:
+        if not isinstance(batches, Iterable) or isinstance(batches, (str, Mapping)):
+            raise TypeError(f"`batches` must be a data loader or a list of batches, got {type(batches).__name__}.")
         self.batches = batches
         self.n_samples = 0
+        self._model = model
+        self._desc = f"Localize ({method})"
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.batches:
-            if missing := {"input_ids", "labels"} - set(batch):
-                raise ValueError(
-                    f"`batches` must hold mappings with 'input_ids' and 'labels', got one without {sorted(missing)}; "
-                    "heads are localized by a loss on text."
-                )
-            self.n_samples += batch["input_ids"].shape[0]
-            yield batch
+        total = len(self.batches) if isinstance(self.batches, Sized) else None
+        with tqdm(total=total, desc=self._desc, unit="batch") as bar:
+            for batch in self.batches:
+                self._check(batch)
+                self.n_samples += batch["input_ids"].shape[0]
+                yield batch
+                bar.update(1)
+
+    def _check(self, batch: Batch) -> None:
+        if not isinstance(batch, Mapping) or (missing := {"input_ids", "labels"} - set(batch)):
+            without = "" if not isinstance(batch, Mapping) else f" without {sorted(missing)}"
+            raise ValueError(
+                f"`batches` must hold mappings with 'input_ids' and 'labels', got a {type(batch).__name__}{without}; "
+                "heads are localized by a loss on text."
+            )
+        input_ids, labels = batch["input_ids"], batch["labels"]
+        for name, values in (("input_ids", input_ids), ("labels", labels)):
+            if not isinstance(values, torch.Tensor) or values.dim() != 2:
+                raise TypeError(f"`batches` must hold tensors of shape (B, T), got {shown(values)} for '{name}'.")
+        expected = labels.shape[:1] if is_encoder_decoder(self._model) else labels.shape
+        if input_ids.shape[: len(expected)] != expected:
+            raise ValueError(
+                f"`batches` holds 'input_ids' of shape {tuple(input_ids.shape)} with 'labels' of shape "
+                f"{tuple(labels.shape)}, but each token has one label, -100 where it does not count."
+            )
+        if input_ids.numel():
+            check_vocabulary("batches", int(input_ids.min()), int(input_ids.max()), self._model)

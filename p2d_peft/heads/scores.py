@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..argument_checks import check_count, is_index
 from ..files import read_json, write_json
+from ..json_fields import checked_fields
+from ..printable import shown
 from .choice import (
     Bounds,
     PerLayer,
@@ -21,7 +24,7 @@ from .choice import (
     number_of_heads,
 )
 from .comparison import Comparison, spearman
-from .head_set import HeadSet, Layer
+from .head_set import HeadSet, Layer, is_layer
 
 
 if TYPE_CHECKING:
@@ -77,11 +80,15 @@ class HeadScores:
                 f"{' with infinities' if values.isinf().any() else ''}."
             )
         layers = tuple(self.layers) or tuple(range(len(values)))
+        if not all(is_layer(layer) and (isinstance(layer, str) or layer >= 0) for layer in layers):
+            raise ValueError(
+                f"`layers` must hold numbers counted from 0, or strings like 'encoder.0', got {shown(layers)}."
+            )
         if len(set(layers)) != len(values) or len(layers) != len(values):
             raise ValueError(f"`layers` must name each of the {len(values)} rows of `values` once, got {layers}.")
         heads = (~values.isnan()).sum(dim=1).tolist()
         n_kv_heads = tuple(self.n_kv_heads) or tuple(heads)
-        if len(n_kv_heads) != len(heads) or any(h % g if g else h for h, g in zip(heads, n_kv_heads, strict=True)):
+        if len(n_kv_heads) != len(heads) or not all(map(_divides, n_kv_heads, heads)):
             raise ValueError(
                 f"`n_kv_heads` must be the number of key/value heads of each row, which have {heads} heads, got "
                 f"{n_kv_heads}."
@@ -136,8 +143,8 @@ class HeadScores:
         if per_layer == "even":
             per_layer = even_bound(self.values, count)
         least, most = layer_bounds(per_layer)
-        if per_group is not None and per_group < 1:
-            raise ValueError(f"`per_group` must be at least 1, got {per_group}.")
+        if per_group is not None:
+            check_count("per_group", per_group)
         bounds = Bounds(least, most, math.inf if per_group is None else per_group, self._groups())
         if cost_aware:
             self._check_cost_aware()
@@ -206,6 +213,8 @@ class HeadScores:
         Raises:
             `ValueError`: if the tables are not of the same heads, or `ratio` or `k` is out of range.
         """
+        if not isinstance(other, HeadScores):
+            raise TypeError(f"`other` must be a `HeadScores`, got {type(other).__name__}.")
         there = ~self.values.isnan()
         if self.layers != other.layers or not torch.equal(there, ~other.values.isnan()):
             raise ValueError(
@@ -242,9 +251,10 @@ class HeadScores:
         """
         if not isinstance(data, Mapping) or data.get("format") != _FORMAT:
             raise ValueError(f"`data` is not a table of head scores: expected a mapping with 'format': '{_FORMAT}'.")
-        fields = {key: value for key, value in data.items() if key != "format"}
-        rows = [[math.nan if value is None else value for value in row] for row in fields.pop("values")]
-        return cls(values=torch.tensor(rows, dtype=torch.float64), **fields)
+        try:
+            return cls(**checked_fields(cls, {**data, "values": _table(data.get("values"))}))
+        except ValueError as error:
+            raise ValueError(f"`data` is not a table of head scores: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Write the scores as JSON to the file `path`."""
@@ -252,8 +262,18 @@ class HeadScores:
 
     @classmethod
     def load(cls, path: str | Path) -> HeadScores:
-        """Read scores from a JSON file that [`HeadScores.save`] wrote."""
-        return cls.from_dict(read_json(path))
+        """
+        Read scores from a JSON file that [`HeadScores.save`] wrote.
+
+        Raises:
+            `FileNotFoundError`: if there is no such file.
+            `ValueError`: if the file holds no scores; the message names the file.
+        """
+        data = read_json(path)
+        try:
+            return cls.from_dict(data)
+        except ValueError as error:
+            raise ValueError(f"'{path}' holds no head scores. {error}") from error
 
     def plot(self, heads: HeadSet | None = None, ax: Axes | None = None) -> Axes:
         """
@@ -286,3 +306,22 @@ class HeadScores:
             row = self.layers.index(layer)
             ax.add_patch(Rectangle((head - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=1.5))
         return ax
+
+
+def _divides(groups: Any, heads: int) -> bool:
+    """Whether so many heads can be parted into so many groups; no heads into none."""
+    return is_index(groups) and groups >= 0 and (heads % groups if groups else heads) == 0
+
+
+def _table(rows: Any) -> torch.Tensor:
+    """The table that a JSON list of rows stands for, with NaN for None."""
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        raise ValueError(f"'values' must be a list of rows, got {shown(rows)}.")
+    if len(set(map(len, rows))) > 1:
+        raise ValueError(f"'values' must have rows of one length, got {sorted(set(map(len, rows)))}.")
+    for value in (value for row in rows for value in row):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"'values' must hold numbers and None, got {shown(value)}.")
+    return torch.tensor(
+        [[math.nan if value is None else float(value) for value in row] for row in rows], dtype=torch.float64
+    )

@@ -1,39 +1,40 @@
-"""`P2DReport`: the contents of `p2d_report.json`, the record of one run."""
+"""
+`P2DReport`: the contents of `p2d_report.json`, the record of one run. This module owns its schema.
+
+| schema | added |
+|---|---|
+| 2 | `stage_tokens`, `stage_peak_memory`, `peak_memory_kind`, `device`, `processes` |
+| 3 | `layer_heads`, `arguments`; p2d_peft's own version in `versions` |
+
+Each later version reads the earlier ones. A field is never given another meaning: it gets a new name.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import platform
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from ..files import read_json, write_json
+from ..version import __version__
+from .records import Record
 
 
 REPORT_NAME = "p2d_report.json"
-_FORMAT = "p2d_peft.P2DReport"
-_SCHEMA = 2
-# What reports of schema 1 lack: these were not measured then.
-_SINCE_SCHEMA_2: dict[str, Any] = {
-    "stage_tokens": {},
-    "stage_peak_memory": {},
-    "peak_memory_kind": None,
-    "device": None,
-    "processes": None,
-}
 
 
 def library_versions() -> dict[str, str]:
-    """The versions of Python and of the libraries that a result depends on."""
+    """The versions of this library, of Python and of the libraries that a result depends on."""
     packages = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+    return {
+        "p2d_peft": __version__,
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }
 
 
 @dataclass(frozen=True)
-class P2DReport:
+class P2DReport(Record):
     """
     One run: what was chosen, what it cost, and what it cost in relation to the reference.
 
@@ -60,6 +61,8 @@ class P2DReport:
         model (`str`, *optional*): Id or path of the base model.
         seed (`int`): Seed of the run.
         n_heads (`int`, *optional*): Heads of the model.
+        layer_heads (`dict[str, int]`, *optional*): How many heads each of its layers has; layers without heads are left
+            out.
         heads (`dict[str, list[int]]`, *optional*): The selected heads by layer.
         localize_method (`str`, *optional*): How they were found; None if they were given.
         pool_rows (`int`, *optional*): Rows of the pool.
@@ -69,8 +72,24 @@ class P2DReport:
         scorer (`str`, *optional*): The scorer that kept them; None if all rows were trained on.
         trainable_parameters (`int`): Weights that were trained.
         total_parameters (`int`): All weights of the model, those of the adapter included.
-        versions (`dict[str, str]`): Of Python and of the libraries.
+        arguments (`dict[str, bool | int | float | str | None]`): The training arguments that are not the defaults, as far
+            as they are plain values and no paths; where results go and who may read them is left out.
+        versions (`dict[str, str]`): Of p2d_peft, of Python and of the libraries.
     """
+
+    format: ClassVar[str] = "p2d_peft.P2DReport"
+    title: ClassVar[str] = "a P2D report"
+    schema: ClassVar[int] = 3
+    since: ClassVar[dict[int, dict[str, Any]]] = {
+        2: {
+            "stage_tokens": {},
+            "stage_peak_memory": {},
+            "peak_memory_kind": None,
+            "device": None,
+            "processes": None,
+        },
+        3: {"layer_heads": None, "arguments": {}},
+    }
 
     stage_seconds: dict[str, float]
     stage_tokens: dict[str, int]
@@ -87,6 +106,7 @@ class P2DReport:
     model: str | None
     seed: int
     n_heads: int | None
+    layer_heads: dict[str, int] | None
     heads: dict[str, list[int]] | None
     localize_method: str | None
     pool_rows: int | None
@@ -96,32 +116,11 @@ class P2DReport:
     scorer: str | None
     trainable_parameters: int
     total_parameters: int
+    arguments: dict[str, bool | int | float | str | None]
     versions: dict[str, str] = field(default_factory=library_versions)
 
-    def save(self, path: str | Path) -> None:
-        """Write the report as JSON to the file `path`."""
-        write_json(path, {"format": _FORMAT, "schema": _SCHEMA, **dataclasses.asdict(self)})
+    def _repr_html_(self) -> str:
+        """How a notebook shows it."""
+        from .page import report_fragment
 
-    @classmethod
-    def load(cls, path: str | Path) -> P2DReport:
-        """
-        Read a report that [`P2DReport.save`] wrote. One of schema 1 lacks the tokens and the memory of its stages.
-
-        Raises:
-            `ValueError`: if the file is not a report of a schema that this version knows.
-        """
-        data: Any = read_json(path)
-        if not is_report(data):
-            raise ValueError(f"'{path}' is not a P2D report.")
-        if data.get("schema") not in (1, _SCHEMA):
-            raise ValueError(
-                f"'{path}' is a P2D report of schema {data.get('schema')}, but this version of p2d_peft reads 1 to "
-                f"{_SCHEMA}; use the version that wrote it, or a newer one."
-            )
-        names = {entry.name for entry in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in {**_SINCE_SCHEMA_2, **data}.items() if name in names})
-
-
-def is_report(data: Any) -> bool:
-    """Whether the contents of a JSON file are a report, of whatever schema."""
-    return isinstance(data, Mapping) and data.get("format") == _FORMAT
+        return report_fragment(self)

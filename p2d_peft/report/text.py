@@ -1,4 +1,4 @@
-"""A report as text."""
+"""A report, and a comparison with another one, as text."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from ..printable import printable
+from .overlap import Overlap
 from .run_report import P2DReport
 
 
@@ -34,6 +36,16 @@ def report_text(report: P2DReport, width: int = 100) -> str:
     return "\n".join(lines).replace(_UNBROKEN, " ")
 
 
+def overlap_text(overlap: Overlap) -> str:
+    """The heads of two runs beside one another, in a few lines."""
+    lines = [f"heads in common  {overlap.both}, of {overlap.ours} here and {overlap.theirs} in the other run"]
+    if overlap.chance is not None:
+        lines.append(f"by chance        {overlap.chance:.3g} on average")
+    if overlap.spearman is not None:
+        lines.append(f"of all scores    rank correlation {overlap.spearman:.2f}")
+    return "\n".join(lines)
+
+
 def _shown(value: Any) -> str:
     """A JSON value in a form to read."""
     if value is None or value in ({}, []):
@@ -45,7 +57,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.4g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name}:{_UNBROKEN}{_shown(entry)}" for name, entry in value.items())
+        return ", ".join(f"{printable(str(name))}:{_UNBROKEN}{_shown(entry)}" for name, entry in value.items())
     if isinstance(value, (list, tuple)):
         return " ".join(map(_shown, value))
-    return str(value)
+    return printable(str(value))  # a report may come from anywhere

@@ -66,13 +66,13 @@ def observable_attention(
         float32. They are computed beside SDPA, and only within this context.
 
     Raises:
-        `ValueError`: if the model has no exchangeable attention implementation.
+        `ValueError`: if the model's attention implementation cannot be exchanged, or the model does not do with SDPA.
     """
     transformer = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-    if transformer is None or not transformer._can_set_attn_implementation():
+    if transformer is None or not transformer._supports_sdpa or not transformer._can_set_attn_implementation():
         raise ValueError(
-            f"The attention implementation of `model` ({type(transformer or model).__name__}) cannot be exchanged; "
-            "use a scorer that needs no attention weights, such as 'affinity'."
+            f"The attention implementation of `model` ({type(transformer or model).__name__}) cannot be exchanged for "
+            "SDPA; use a scorer that needs no attention weights, such as 'affinity'."
         )
     geometry = ModelGeometry.of(model)
     # each attention module with its layer, its heads and their groups

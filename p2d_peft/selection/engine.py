@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,15 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from ..heads import HeadSet
+from ..model_checks import check_runnable, check_vocabulary
 from ..model_state import model_device, preserved_state
+from ..passed_tokens import passed_tokens
 from .fingerprint import run_fingerprint
 from .pool import rows_of
 from .pool_scores import PoolScores, nothing_counts, put_together
 from .progress import ScoringProgress
 from .report import ScoringEstimate
+from .row_checks import check_rows
 from .samples import Samples, prepare_samples
 from .scoring import Scorer, ScoreRows, ScoringContext
 from .shards import SHARD_ROWS, ScoredShard, Shard, ShardStore, shards_of
@@ -73,6 +76,10 @@ class ScoringEngine:
             raise TypeError(
                 f"`pool` must be a `datasets.Dataset` or `datasets.IterableDataset`, got {type(pool).__name__}."
             )
+        if isinstance(pool, Dataset):
+            check_rows(pool, self.processing_class, self.args, self.formatting_func, "pool")
+        if self.scorer.passes or self.scorer.needs_heads:
+            check_runnable(self.model)
         target, sample = self._target(), self._sample(pool)
         process, n_processes = _process()
         store = None
@@ -83,44 +90,54 @@ class ScoringEngine:
         if isinstance(pool, Dataset):
             step = size or max(len(pool), 1)
             total = sum(min(step, len(pool) - row) for row in range(process * step, len(pool), n_processes * step))
-        progress = ScoringProgress(f"Scoring pool ({self.scorer.name})", total, self.scorer.passes, process == 0)
+        progress = ScoringProgress(f"Select ({self.scorer.name})", total, self.scorer.passes, process == 0)
         done: list[ScoredShard] = []
-        n_resumed = 0
+        resumed: list[ScoredShard] = []
         try:
             # opened only where there is something to score
             with ExitStack() as stack:
                 score_rows: ScoreRows | None = None
+                passed = stack.enter_context(passed_tokens(self.model))
                 for shard in shards_of(pool, size):
                     if shard.index % n_processes != process:
                         continue
                     scored = store.load(shard) if store is not None else None
                     if scored is not None:
-                        n_resumed += len(shard.rows)
+                        resumed.append(scored)
                         progress.start_shard()
                     else:
+                        began, passed_before = time.perf_counter(), passed()
                         if score_rows is None:
                             score_rows = stack.enter_context(self._open(sample, target, progress))
                         progress.start_shard()
                         scored = self._score_shard(shard, score_rows)
+                        seconds = time.perf_counter() - began
+                        scored = replace(scored, seconds=seconds, passed_tokens=passed() - passed_before)
                         if store is not None:
                             store.save(shard, scored)
                     progress.end_shard(len(shard.rows))
                     done.append(scored)
-        except BaseException:
+        except BaseException as error:
             if self.cache_dir is not None and done:
                 logger.warning(
-                    "Scoring stopped. The scores of %d rows are in '%s'; run the same again with this `cache_dir` to go "
-                    "on from there.",
+                    "Scoring stopped. The scores of %d rows are kept in '%s': the same run, started again, goes on from "
+                    "there.",
                     sum(len(scored.scores) for scored in done),
                     self.cache_dir,
+                )
+            elif isinstance(error, KeyboardInterrupt):
+                logger.warning(
+                    "Scoring stopped. No scores are kept, and the model is as it was. With a `cache_dir` scores are kept for "
+                    "every %d rows.",
+                    SHARD_ROWS,
                 )
             raise
         finally:
             progress.close()
         if n_processes > 1:
             done = sorted(gather_object(done), key=lambda scored: scored.index)
-            n_resumed = sum(gather_object([n_resumed]))
-        return put_together(done, self.scorer.name, self.args.max_length, n_resumed, time.perf_counter() - start)
+        of_processes = gather_object([resumed]) if n_processes > 1 else [resumed]
+        return put_together(done, self.scorer.name, self.args.max_length, of_processes, time.perf_counter() - start)
 
     def _score_shard(self, shard: Shard, score_rows: ScoreRows) -> ScoredShard:
         """Score one shard's rows."""
@@ -264,7 +281,11 @@ class ScoringEngine:
         )
 
     def prepare(self, dataset: Dataset, name: str, rows: int | list[int] = 0) -> Samples:
-        return prepare_samples(dataset, self.processing_class, self.args, self.formatting_func, name, rows)
+        samples = prepare_samples(dataset, self.processing_class, self.args, self.formatting_func, name, rows)
+        if len(samples) and self.scorer.passes:
+            extremes = [(min(ids), max(ids)) for ids in samples.input_ids]
+            check_vocabulary(name, min(low for low, _ in extremes), max(high for _, high in extremes), self.model)
+        return samples
 
     def _no_features(self) -> str:
         return f"`policies` need features of rows, which `scorer`={self.scorer.name!r} does not have; use 'affinity'."

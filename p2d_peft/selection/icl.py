@@ -12,6 +12,7 @@ import torch
 from datasets.fingerprint import Hasher
 from torch.nn import functional
 from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from .attention import Observer, observable_attention
 from .losses import label_losses
@@ -71,10 +72,22 @@ def icl(context: ScoringContext, metric: Metric | None = None) -> Iterator[Score
 
     Yields:
         `ScoreRows`: scores of at least 0, float32.
+
+    Raises:
+        `ValueError`: if the model has layers of linear attention or of a state-space model. From the state that those
+            keep instead of keys and values, transformers goes on with one token at a time only.
     """
     assert context.heads is not None and context.target is not None
     target = context.target
     with observable_attention(context.model, context.heads) as observed:
+        layers = DynamicCache(config=context.model.config).layers
+        if stateful := [
+            index for index, layer in enumerate(layers) if isinstance(layer, LinearAttentionCacheLayerMixin)
+        ]:
+            raise ValueError(
+                f"`scorer`='icl' needs attention in all layers, but layer {stateful[0]} of `model` "
+                f"({type(context.model).__name__}) keeps a state in its place; use 'affinity', 'gradient' or 'influence'."
+            )
 
         def score(samples: Samples) -> RowScores:
             generator = context.generator(samples)

@@ -34,7 +34,7 @@ class PoolScores:
 
 
 def put_together(
-    done: list[ScoredShard], scorer: str, max_length: int | None, n_resumed: int, seconds: float
+    done: list[ScoredShard], scorer: str, max_length: int | None, resumed: list[list[ScoredShard]], seconds: float
 ) -> PoolScores:
     """
     Put the shards of a pool together, and look at what came out.
@@ -43,7 +43,8 @@ def put_together(
         done (`list[ScoredShard]`): All shards, in order.
         scorer (`str`): The scorer's name, for messages.
         max_length (`int`, *optional*): What rows were cut off at, for messages.
-        n_resumed (`int`), seconds (`float`): For the report.
+        resumed (`list[list[ScoredShard]]`): Those of them, by process, that an earlier run scored.
+        seconds (`float`): For the report.
 
     Raises:
         `ValueError`: if there are no rows, none has a token that counts, or a score is not finite; the rows are named.
@@ -73,7 +74,9 @@ def put_together(
         uncounted_rows=tuple((~counted).nonzero().flatten().tolist()),
         n_truncated=sum(scored.n_truncated for scored in done),
         n_tokens=int(n_tokens.sum()),
-        n_resumed=n_resumed,
+        n_resumed=sum(len(scored.scores) for of_process in resumed for scored in of_process),
+        resumed_seconds=max(sum(scored.seconds for scored in of_process) for of_process in resumed),
+        resumed_tokens=sum(scored.passed_tokens for of_process in resumed for scored in of_process),
         seconds=seconds,
     )
     if not counted.any():

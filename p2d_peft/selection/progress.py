@@ -6,14 +6,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from datasets.config import HF_DATASETS_DISABLE_PROGRESS_BARS
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Context in which `datasets` shows no bars of its own: one for each step of each part would bury the scoring's."""
-    shown = not are_progress_bars_disabled()
+    """
+    Context in which `datasets` shows no bars of its own: one for each step of each part would bury the scoring's. Unless
+    `HF_DATASETS_DISABLE_PROGRESS_BARS=0` says that it has to.
+    """
+    shown = HF_DATASETS_DISABLE_PROGRESS_BARS is None and not are_progress_bars_disabled()
     if shown:
         disable_progress_bars()
     try:
@@ -21,6 +26,20 @@ def quiet_datasets() -> Iterator[None]:
     finally:
         if shown:
             enable_progress_bars()
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Context without bars, of `datasets` or of what goes by transformers' switch, as ours do."""
+    shown = logging.is_progress_bar_enabled()
+    with quiet_datasets():
+        if shown:
+            logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            if shown:
+                logging.enable_progress_bar()
 
 
 class ScoringProgress:

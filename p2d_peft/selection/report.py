@@ -17,7 +17,9 @@ class ScoringReport:
         n_truncated (`int`): Rows that were longer than `max_length` and cut off.
         n_tokens (`int`): Tokens of the scored rows.
         n_resumed (`int`): Rows whose scores came from an earlier run.
-        seconds (`float`): Wall-clock time.
+        resumed_seconds (`float`): What these took then, of the process that took over most.
+        resumed_tokens (`int`): Tokens that passed through the model for them then.
+        seconds (`float`): Wall-clock time of this run, without `resumed_seconds`.
     """
 
     n_rows: int
@@ -25,6 +27,8 @@ class ScoringReport:
     n_truncated: int
     n_tokens: int
     n_resumed: int
+    resumed_seconds: float
+    resumed_tokens: int
     seconds: float
 
 

@@ -9,15 +9,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-from trl.trainer import sft_trainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .pool import in_memory
 from .progress import quiet_datasets
+from .row_checks import check_rows
 
 
 _ROW = "p2d_row"
@@ -105,7 +106,7 @@ def prepare_samples(
 
     Raises:
         `TypeError`: if `dataset` or `processing_class` is of another type.
-        `ValueError`: if the dataset is empty or has none of the columns above.
+        `ValueError`: as [`check_rows`] does, or if a row has not as many labels as tokens.
     """
     if not isinstance(dataset, Dataset):
         raise TypeError(f"`{name}` must be a `datasets.Dataset`, got {type(dataset).__name__}.")
@@ -113,14 +114,7 @@ def prepare_samples(
         raise TypeError(
             f"`processing_class` must be a tokenizer (`PreTrainedTokenizerBase`), got {type(processing_class).__name__}."
         )
-    if len(dataset) == 0:
-        raise ValueError(f"`{name}` has no rows.")
-    known = {args.dataset_text_field, "messages", "conversations", "prompt", "input_ids"}
-    if formatting_func is None and not known & set(dataset.column_names):
-        raise ValueError(
-            f"`{name}` has the columns {dataset.column_names}; SFTTrainer needs one of {sorted(known)}, or a "
-            "`formatting_func`."
-        )
+    check_rows(dataset, processing_class, args, formatting_func, name, rows)
     if dataset.cache_files:
         dataset = in_memory(dataset)
     preparer = _Preparer(processing_class, args, dataset[0])
@@ -133,6 +127,12 @@ def prepare_samples(
     samples = Samples([], [], [], n_rows=len(dataset), n_truncated=0, pad_token_id=preparer.pad_token_id)
     n_truncated = 0
     for row, input_ids, labels in zip(prepared[_ROW], prepared["input_ids"], prepared["labels"], strict=True):
+        if len(input_ids) != len(labels):
+            number = rows + row if isinstance(rows, int) else rows[row]
+            raise ValueError(
+                f"`{name}` has {len(labels)} labels for the {len(input_ids)} tokens of row {number}; each token has one, -100 "
+                "where it does not count."
+            )
         n_truncated += len(input_ids) > len(input_ids[preparer.kept])
         input_ids, labels = input_ids[preparer.kept], labels[preparer.kept]
         # a label counts if it is predicted, which the first token's is not
@@ -197,10 +197,13 @@ def _in_parts() -> Iterator[None]:
     `SFTTrainer` lets one process go first and fill a cache file for the others, which wait. Here nothing is written, and
     with unlike numbers of parts they would wait for one another forever.
     """
-    main_first = sft_trainer.global_then_local_main_first
-    sft_trainer.global_then_local_main_first = nullcontext
+    names = ("main_process_first", "local_main_process_first")
+    waiting = {name: getattr(PartialState, name) for name in names}
+    for name in names:
+        setattr(PartialState, name, lambda state: nullcontext())
     try:
         with quiet_datasets():
             yield
     finally:
-        sft_trainer.global_then_local_main_first = main_first
+        for name, method in waiting.items():
+            setattr(PartialState, name, method)

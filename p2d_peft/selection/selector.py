@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,7 +15,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
+from ..argument_checks import check_choice, check_count, check_share, check_type
 from ..heads import HeadSet, ModelGeometry
+from ..model_checks import check_module
+from ..printable import shown
 from . import affinity, bm25, gradient, icl, ifd, influence, length, less, perplexity, random, rds
 from .engine import PoolScores, ScoringEngine
 from .policies import Policy, Ranking
@@ -49,6 +53,11 @@ _SCORERS = {
 def needs_heads(scorer: ScorerName) -> bool:
     """Whether a scorer needs the selected heads."""
     return _SCORERS[scorer].needs_heads
+
+
+def needs_target(scorer: ScorerName) -> bool:
+    """Whether a scorer needs samples of the task."""
+    return _SCORERS[scorer].needs_target
 
 
 class P2DDataSelector:
@@ -86,7 +95,7 @@ class P2DDataSelector:
             - `"length"`: the longest answers; a control;
             - `"random"`: a seeded draw; the control.
 
-            What each computes, and where it comes from, is in the docs (`docs/selection.md`). A [`Scorer`] of one's own
+            What each computes, and where it comes from, is in the docs (`docs/scorers.md`). A [`Scorer`] of one's own
             takes the same place, or [`icl_scorer`] with a metric for generated answers.
         ratio (`float`, *optional*):
             Share of the pool's rows to keep, in (0, 1]; rounded, at least one row. 0.1, the paper's, if none of `ratio`,
@@ -115,9 +124,11 @@ class P2DDataSelector:
     Attributes:
         report ([`ScoringReport`] or `None`): What there is to tell of the last scoring.
         scores (`torch.Tensor` or `None`): The scores that it gave.
+        n_tokens (`torch.Tensor` or `None`): The length of each row as it was scored, int64; 0 where there is no score.
         rows (`list[int]` or `None`): The rows that the last `select` kept, ascending.
 
     Raises:
+        `TypeError`: if an argument is of another type.
         `ValueError`: if the scorer is unknown or lacks what it needs, `heads` does not fit the model, the model has
             several stacks of attention, or `ratio`, `num_samples`, `max_tokens` or `batch_size` is out of range.
 
@@ -148,21 +159,31 @@ class P2DDataSelector:
         seed: int = 42,
         cache_dir: str | Path | None = None,
     ) -> None:
+        check_module(model)
+        if not isinstance(processing_class, PreTrainedTokenizerBase):
+            raise TypeError(
+                "`processing_class` must be a tokenizer (`PreTrainedTokenizerBase`), got "
+                f"{type(processing_class).__name__}."
+            )
+        check_type("heads", heads, (HeadSet,), "a `HeadSet`")
+        check_type("target", target, (Dataset,), "a `datasets.Dataset`")
+        check_type("args", args, (SFTConfig,), "an `SFTConfig`")
+        check_type("cache_dir", cache_dir, (str, os.PathLike), "a path")
+        if not isinstance(policies, Sequence) or not all(isinstance(policy, Policy) for policy in policies):
+            raise TypeError(f"`policies` must be a list of policies, got {shown(policies)}.")
         if not isinstance(scorer, Scorer):
-            if scorer not in _SCORERS:
-                raise ValueError(
-                    f"`scorer` must be one of {', '.join(map(repr, _SCORERS))}, or a `Scorer`, got {scorer!r}."
-                )
+            check_choice("scorer", scorer, _SCORERS, more=", or a `Scorer`")
             scorer = _SCORERS[scorer]
         sizes = {"ratio": ratio, "num_samples": num_samples, "max_tokens": max_tokens}
         given = {name: value for name, value in sizes.items() if value is not None}
         if len(given) > 1:
             raise ValueError(f"Give only one of `ratio`, `num_samples` and `max_tokens`, got {given}.")
-        if ratio is not None and not 0 < ratio <= 1:
-            raise ValueError(f"`ratio` must be in (0, 1], got {ratio}.")
-        for name, value in (("num_samples", num_samples), ("max_tokens", max_tokens), ("batch_size", batch_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if ratio is not None:
+            check_share("ratio", ratio)
+        for name, value in (("num_samples", num_samples), ("max_tokens", max_tokens)):
+            if value is not None:
+                check_count(name, value)
+        check_count("batch_size", batch_size)
         if scorer.needs_heads:
             if heads is None:
                 raise ValueError(
@@ -186,6 +207,7 @@ class P2DDataSelector:
         self.policies = tuple(policies)
         self.report: ScoringReport | None = None
         self.scores: torch.Tensor | None = None
+        self.n_tokens: torch.Tensor | None = None
         self.rows: list[int] | None = None
         self.engine = ScoringEngine(
             scorer=scorer,
@@ -236,8 +258,11 @@ class P2DDataSelector:
             `ValueError`: if `num_samples` is larger than the pool, if `policies` or `max_tokens` leave no row, or as
                 [`~P2DDataSelector.score`] does.
         """
-        if isinstance(pool, Dataset) and self.num_samples is not None:
-            self._count(len(pool))  # before the expensive part
+        if isinstance(pool, Dataset):  # before the expensive part
+            if self.num_samples is not None:
+                self._count(len(pool))
+            for policy in self.policies:
+                policy.check(pool)
         scored = self._score(pool)
         self.rows = rows = self._choose(pool, scored)
         return kept_rows(rows_of(pool, rows), scored.scores[rows].tolist())
@@ -267,7 +292,7 @@ class P2DDataSelector:
 
     def _score(self, pool: Dataset | IterableDataset) -> PoolScores:
         scored = self.engine.score(pool)
-        self.report, self.scores = scored.report, scored.scores
+        self.report, self.scores, self.n_tokens = scored.report, scored.scores, scored.n_tokens
         return scored
 
     def _choose(self, pool: Dataset | IterableDataset, scored: PoolScores) -> list[int]:
@@ -300,8 +325,13 @@ class P2DDataSelector:
         else:
             kept = _fitting(rows, scored.n_tokens.tolist(), self.max_tokens)
         if not kept:
-            limit = "" if self.max_tokens is None else f" within `max_tokens`={self.max_tokens}"
-            raise ValueError(f"No row is left{limit} after {len(self.policies)} `policies`; loosen them.")
+            if self.max_tokens is None:
+                raise ValueError(f"No row is left after {len(self.policies)} `policies`; loosen them.")
+            shortest = int(scored.n_tokens[scored.n_tokens > 0].min())
+            raise ValueError(
+                f"No row is left within `max_tokens`={self.max_tokens} after {len(self.policies)} `policies`: the shortest "
+                f"row has {shortest} tokens. Raise `max_tokens`, or loosen the policies."
+            )
         return sorted(kept)
 
     def _count(self, n_rows: int) -> int:

@@ -73,6 +73,9 @@ class ScoredShard:
         n_tokens (`torch.Tensor`): Shape (rows of the shard,), int32; the length of each row, 0 where it has no score.
         n_truncated (`int`): Number of rows that were cut off.
         per_target (`torch.Tensor`, *optional*): Shape (rows of the shard, target's samples), float32.
+        seconds (`float`): What scoring it took. The first shard that a process scores is charged with what the scorer
+            does before, as reading the target.
+        passed_tokens (`int`): Tokens that passed through the model meanwhile, padding left out.
     """
 
     index: int
@@ -81,6 +84,8 @@ class ScoredShard:
     n_tokens: torch.Tensor
     n_truncated: int
     per_target: torch.Tensor | None = None
+    seconds: float = 0.0
+    passed_tokens: int = 0
 
 
 class ShardStore:
@@ -117,10 +122,12 @@ class ShardStore:
                 torch.tensor(table["n_tokens"].to_numpy()),
                 int(metadata[b"n_truncated"]),
                 per_target,
+                float(metadata[b"seconds"]),
+                int(metadata[b"passed_tokens"]),
             )
         except FileNotFoundError:
             return None
-        except (OSError, pa.ArrowException, KeyError, ValueError, RuntimeError):
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, RuntimeError):
             # whatever is wrong with it, its rows can be scored again
             logger.warning("'%s' is damaged; its rows are scored again.", self._path(shard.index))
             return None
@@ -139,7 +146,7 @@ class ShardStore:
             columns["per_target"] = pa.FixedSizeListArray.from_arrays(values, scored.per_target.shape[1])
         metadata = {
             "content": _content(shard),
-            "n_truncated": str(scored.n_truncated),
+            **{name: str(number) for name, number in _numbers(scored).items()},
             "checksum": _checksum(scored),
         }
         with replacing(self._path(shard.index)) as temporary:
@@ -152,9 +159,14 @@ def _content(shard: Shard) -> str:
     return hashlib.sha256(repr((shard.first_row, shard.rows[:])).encode()).hexdigest()
 
 
+def _numbers(scored: ScoredShard) -> dict[str, float]:
+    return {name: getattr(scored, name) for name in ("n_truncated", "seconds", "passed_tokens")}
+
+
 def _checksum(scored: ScoredShard) -> str:
-    """A hash of the scores: Arrow does not notice a flipped bit."""
-    found = hashlib.sha256()
+    """A hash of all that is kept of a shard: Arrow does not notice a flipped bit."""
+    found = hashlib.sha256(repr(_numbers(scored)).encode())
     for tensor in (scored.scores, scored.n_tokens, scored.per_target):
-        found.update(b"" if tensor is None else tensor.contiguous().numpy().tobytes())
+        if tensor is not None:
+            found.update(repr((tensor.dtype, tensor.shape)).encode() + tensor.contiguous().numpy().tobytes())
     return found.hexdigest()

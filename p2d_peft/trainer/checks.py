@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers.training_args import OptimizerNames
 
-from ..heads import ModelGeometry
+from ..heads import HeadSet, ModelGeometry
 from .config import P2DConfig
 
 
-def check_type(name: str, value: Any, types: tuple[type, ...], wanted: str) -> None:
-    """
-    Check an optional argument.
-
-    Raises:
-        `TypeError`: if it is of another type.
-    """
-    if value is not None and not isinstance(value, types):
-        raise TypeError(f"`{name}` must be {wanted}, got {type(value).__name__}.")
+if TYPE_CHECKING:
+    from .p2d_trainer import P2DTrainer
 
 
 def check_sharding(args: P2DConfig) -> None:
@@ -38,7 +32,28 @@ def check_sharding(args: P2DConfig) -> None:
         )
 
 
-def check_attention(model: str, args: P2DConfig) -> bool:
+def geometry_of_saved(
+    model: str, revision: str | None = None, trust_remote_code: bool = False
+) -> ModelGeometry | None:
+    """
+    The heads of a saved model, without its weights; None where its class is not known before it is loaded.
+
+    Args:
+        model (`str`): Folder or Hub id.
+        revision (`str`, *optional*), trust_remote_code (`bool`, *optional*): As in `from_pretrained`.
+
+    Raises:
+        `ValueError`: as [`ModelGeometry.of`] does.
+    """
+    config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not trust_remote_code:
+        return None
+    with init_empty_weights():
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return ModelGeometry.of(skeleton)
+
+
+def check_attention(model: str, args: P2DConfig, heads: HeadSet | None = None) -> bool:
     """
     Check that the heads of a model that is yet to be loaded can be found, which `Trainer` would learn only after the
     whole dataset is tokenized.
@@ -46,21 +61,40 @@ def check_attention(model: str, args: P2DConfig) -> bool:
     Args:
         model (`str`): Folder or Hub id.
         args ([`P2DConfig`]): With how the model is loaded.
+        heads ([`HeadSet`], *optional*): Heads that the model should have.
 
     Returns:
         `bool`: whether its weights are quantized, as far as that is known by now.
 
     Raises:
-        `ValueError`: as [`ModelGeometry.of`] does.
+        `ValueError`: as [`ModelGeometry.of`] does, or if the model lacks one of `heads`.
     """
     kwargs = args.model_init_kwargs or {}
-    trust = kwargs.get("trust_remote_code", args.trust_remote_code)
+    trust = bool(kwargs.get("trust_remote_code", args.trust_remote_code))
+    geometry = geometry_of_saved(model, kwargs.get("revision"), trust)
+    if geometry is not None and heads is not None:
+        geometry.check(heads)
     config = AutoConfig.from_pretrained(model, revision=kwargs.get("revision"), trust_remote_code=trust)
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or trust:  # what others are shows when they are loaded
-        with init_empty_weights():
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-        ModelGeometry.of(skeleton)
     return kwargs.get("quantization_config") is not None or hasattr(config, "quantization_config")
+
+
+def check_optimizer_is_there(trainer: P2DTrainer) -> None:
+    """
+    Check that the optimizer that `optim` names is installed, which `Trainer` would learn only when the first two stages are
+    over.
+
+    Raises:
+        `ImportError` or `ValueError`: as `Trainer` does, with the name of the package.
+    """
+    args = trainer.args
+    if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
+        return
+    try:
+        trainer.get_optimizer_cls_and_kwargs(args)
+    except ValueError:
+        # these want to see the model, which is not what it will be
+        if args.optim_target_modules is None and args.optim not in (OptimizerNames.LOMO, OptimizerNames.ADALOMO):
+            raise
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer | None, model: Any) -> None:

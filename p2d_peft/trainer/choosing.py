@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset
 
+from ..efficiency import StageCosts
 from ..heads import HeadScores, HeadSet, localize_heads
 from ..heads.localize import default_method
 from ..model_state import model_device
@@ -20,6 +21,8 @@ from ..selection.selector import needs_heads
 from .added_tokens import vocabulary
 from .arguments import changed
 from .config import P2DConfig
+from .data_checks import check_datasets
+from .data_files import save_data_files
 from .reference import check_reference, count_tokens, find_reference, training_batches
 from .state import P2DState
 from .tokenized import tokenized
@@ -59,24 +62,33 @@ def choose(trainer: P2DTrainer) -> P2DState:
     # a stream's numbers are known once it was read
     n_rows = len(pool) if isinstance(pool, Dataset) else None
     check_reference(trainer, n_rows)
+    check_datasets(trainer, pool)
     selects = trainer.selector is not None or args.data_ratio < 1
     heads, method = trainer.heads, None
+    target: Dataset | None = None
+    trainer._clock.set(StageCosts())  # without those of an attempt that failed
     with trainer.accelerator.autocast(), _without_virtual_tokens(trainer.model):
         if heads is None and trainer.wants_heads:
             with trainer._clock.stage("localize", trainer.model):
-                trainer.head_scores = _localize(trainer, pool)
+                target = draw_target(trainer, pool)
+                trainer.head_scores = _localize(trainer, target)
                 heads = best_heads(trainer.head_scores, args)
             method = trainer.head_scores.method
             logger.info("Localized %d heads by %s: %r", len(heads), method, heads)
         if selects:
             with trainer._clock.stage("select"):
-                selector = trainer.selector = trainer.selector or make_selector(trainer, heads, pool)
+                if trainer.selector is None:
+                    target = draw_target(trainer, pool) if target is None else target
+                    trainer.selector = make_selector(trainer, heads, target)
+                selector = trainer.selector
             with trainer._clock.stage("select", selector.engine.model):
                 selector.select(raw_where_another_tokenizer_reads(selector, trainer, pool))
     n_tokens = count_tokens(pool) if isinstance(pool, Dataset) else None
     state = P2DState(heads, method, pool_rows=n_rows, pool_tokens=n_tokens, selected_tokens=n_tokens)
     if selects:
-        _note_selection(state, selector)
+        _note_selection(trainer, state, selector)
+        if trainer.is_world_process_zero():
+            save_data_files(trainer, selector, pool)
     with _without_virtual_tokens(trainer.model):
         state.reference = find_reference(trainer, pool, state.pool_rows, state.pool_tokens)
     return state
@@ -93,15 +105,17 @@ def _without_virtual_tokens(model: Any) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def _note_selection(state: P2DState, selector: P2DDataSelector) -> None:
+def _note_selection(trainer: P2DTrainer, state: P2DState, selector: P2DDataSelector) -> None:
     report, rows, scores = selector.report, selector.rows, selector.scores
     assert report is not None and rows is not None and scores is not None
     logger.info("Selected %d of %d rows by %s", len(rows), report.n_rows, selector.engine.scorer.name)
     if report.n_resumed:
-        logger.warning(
-            "The AER is too low: the scores of %d of %d rows are those of a run that was stopped, whose time is not known.",
+        trainer._clock.charge("select", report.resumed_seconds, report.resumed_tokens)
+        logger.info(
+            "The scores of %d of %d rows are those of an earlier run, whose %.1f seconds are charged.",
             report.n_resumed,
             report.n_rows,
+            report.resumed_seconds,
         )
     state.scorer = selector.engine.scorer.name
     state.rows = rows
@@ -122,11 +136,11 @@ def draw_target(trainer: P2DTrainer, pool: Dataset | IterableDataset) -> Dataset
     return target.shuffle(seed=seed).select(range(min(count, len(target))))
 
 
-def _localize(trainer: P2DTrainer, pool: Dataset | IterableDataset) -> HeadScores:
+def _localize(trainer: P2DTrainer, target: Dataset) -> HeadScores:
     args = trainer.args
     scores = localize_heads(
         trainer.model,
-        training_batches(draw_target(trainer, pool), args.per_device_train_batch_size, trainer.pad_token_id),
+        training_batches(target, args.per_device_train_batch_size, trainer.pad_token_id),
         method=args.localize_method or default_method(trainer.model),
         seed=args.seed,
     )
@@ -140,13 +154,13 @@ def best_heads(scores: HeadScores, args: P2DConfig) -> HeadSet:
     return scores.top(args.head_ratio, per_layer=args.heads_per_layer or "even", per_group=args.heads_per_group)
 
 
-def make_selector(trainer: P2DTrainer, heads: HeadSet | None, pool: Dataset | IterableDataset) -> P2DDataSelector:
+def make_selector(trainer: P2DTrainer, heads: HeadSet | None, target: Dataset) -> P2DDataSelector:
     args = trainer.args
     return P2DDataSelector(
         trainer.model,
         trainer._tokenizer,
         heads=heads if needs_heads(args.scorer) else None,
-        target=draw_target(trainer, pool),
+        target=target,
         scorer=args.scorer,
         ratio=args.data_ratio,
         args=changed(args, chat_template_path=None),  # the trainer took it over by now

@@ -1,10 +1,13 @@
 """`P2DConfig`: the arguments of `P2DTrainer`."""
 
+import math
+import os
 from dataclasses import dataclass, field
 from typing import Optional, get_args
 
 from trl import SFTConfig
 
+from ..argument_checks import check_choice, check_count, check_number, check_share, check_type
 from ..heads.localize import LocalizeMethod
 from ..selection.selector import ScorerName
 from .measured_run import MeasuredRun
@@ -50,6 +53,10 @@ class P2DConfig(SFTConfig):
             Without `reference_seconds` and `reference_report`: how many steps of full fine-tuning to time for an
             estimate, after one to warm up. They need the memory of full fine-tuning and leave the model as it was. 0: no
             estimate, no AER.
+        report_samples (`int`, *optional*, defaults to `10`):
+            How many of the rows with the best and with the worst scores are written as text into `_p2d_samples.json` in
+            `output_dir`, for `p2d report` to show. Nothing that begins with an underscore is pushed to the Hub. 0: no text
+            of the data is written.
     """
 
     p2d: bool = field(
@@ -119,29 +126,37 @@ class P2DConfig(SFTConfig):
             "for an estimate, after one to warm up. They need the memory of full fine-tuning. 0: no estimate, no AER."
         },
     )
+    report_samples: int = field(
+        default=10,
+        metadata={
+            "help": "How many of the rows with the best and with the worst scores are written as text into "
+            "`_p2d_samples.json` for `p2d report`, which is not pushed to the Hub. 0: no text of the data is written."
+        },
+    )
 
     def __post_init__(self) -> None:
         for name in ("head_ratio", "data_ratio"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` must be in (0, 1], got {getattr(self, name)}.")
+            check_share(name, getattr(self, name))
         for name in ("heads_per_layer", "heads_per_group"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for name, kind in (("localize_method", LocalizeMethod), ("scorer", ScorerName)):
-            optional = (None,) if name == "localize_method" else ()
-            if getattr(self, name) not in (*get_args(kind), *optional):
-                raise ValueError(f"`{name}` must be one of {list(get_args(kind))}, got {getattr(self, name)!r}.")
-        if self.target_samples < 1:
-            raise ValueError(f"`target_samples` must be at least 1, got {self.target_samples}.")
-        if self.reference_seconds is not None and not self.reference_seconds > 0:
-            raise ValueError(f"`reference_seconds` must be positive, got {self.reference_seconds}.")
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        if self.localize_method is not None:
+            check_choice("localize_method", self.localize_method, get_args(LocalizeMethod))
+        check_choice("scorer", self.scorer, get_args(ScorerName))
+        check_count("target_samples", self.target_samples)
+        if self.reference_seconds is not None:
+            check_number("reference_seconds", self.reference_seconds, "a positive number")
+            if not 0 < self.reference_seconds < math.inf:
+                raise ValueError(f"`reference_seconds` must be positive, got {self.reference_seconds}.")
         if self.reference_report is not None:
             if self.reference_seconds is not None:
                 raise ValueError(
                     f"Give `reference_seconds` ({self.reference_seconds}) or `reference_report` "
                     f"('{self.reference_report}'), not both."
                 )
+            check_type("reference_report", self.reference_report, (str, os.PathLike), "a path")
             MeasuredRun.read(self.reference_report)  # a file that will not do is told of at once
-        if self.reference_steps < 0:
-            raise ValueError(f"`reference_steps` must be at least 0, got {self.reference_steps}.")
+        for name in ("reference_steps", "report_samples"):
+            check_count(name, getattr(self, name), least=0)
+        check_type("p2d", self.p2d, (bool,), "True or False")
         super().__post_init__()

@@ -74,6 +74,7 @@ def estimate_run(trainer: P2DTrainer) -> RunEstimate:
     start = time.perf_counter()
     check_reference(trainer, len(trainer.train_dataset))  # one that will not do is told of first
     pool = tokenized(trainer, trainer.train_dataset)
+    target = draw_target(trainer, pool)
     n_tokens = count_tokens(pool)
     heads = trainer.heads
     if heads is None and trainer.wants_heads:
@@ -86,9 +87,9 @@ def estimate_run(trainer: P2DTrainer) -> RunEstimate:
         selected_rows, selected_tokens = len(pool), float(n_tokens)
         with trainer.accelerator.autocast():
             if trainer.heads is None and trainer.wants_heads:
-                seconds["localize"], peaks["localize"] = _watched(lambda: _localize_seconds(trainer, pool))
+                seconds["localize"], peaks["localize"] = _watched(lambda: _localize_seconds(trainer, target))
             if trainer.selector is not None or args.data_ratio < 1:
-                selector = trainer.selector or make_selector(trainer, heads, pool)
+                selector = trainer.selector or make_selector(trainer, heads, target)
                 rows = raw_where_another_tokenizer_reads(selector, trainer, pool)
                 scoring, peaks["select"] = _watched(lambda: selector.estimate(rows))
                 seconds["select"] = scoring.seconds / args.world_size
@@ -177,7 +178,7 @@ def _kept_modules(model: nn.Module) -> Iterator[None]:
             model.peft_config = configs
 
 
-def _localize_seconds(trainer: P2DTrainer, pool: Dataset) -> float:
+def _localize_seconds(trainer: P2DTrainer, target: Dataset) -> float:
     """
     Time localizing on a few batches and go on to all: some of it is for each token, some is not (the distances of the
     weights of `proxy`, say). What an accelerator does once, as loading kernels, is not in it.
@@ -186,7 +187,7 @@ def _localize_seconds(trainer: P2DTrainer, pool: Dataset) -> float:
     size = args.per_device_train_batch_size
     batches = [
         batch
-        for batch in training_batches(draw_target(trainer, pool), size, trainer.pad_token_id)
+        for batch in training_batches(target, size, trainer.pad_token_id)
         if (batch["labels"][:, 1:] != IGNORED).any()
     ]
     tokens = [int(batch["attention_mask"].sum()) for batch in batches]

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..files import read_json
 from ..report import P2DReport
-from ..report.run_report import REPORT_NAME, is_report
+from ..report.run_report import REPORT_NAME
 
 
 # What to look for in a folder, the most telling file first.
@@ -64,7 +64,7 @@ class MeasuredRun:
         if not path.is_file():
             raise ValueError(f"`reference_report`='{path}' does not exist.")
         data = read_json(path)
-        if is_report(data):
+        if P2DReport.is_format_of(data):
             return _of_report(path, P2DReport.load(path))
         if isinstance(data, Mapping) and isinstance(data.get("log_history"), list):
             return _of_state(path, data)

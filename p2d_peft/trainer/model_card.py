@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,14 +20,17 @@ from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
 from ..heads import ModelGeometry
 from ..report import P2DReport
+from ..report.pictures import COSTS_NAME, CURVES_NAME, DATA_NAME, save_pictures
+from ..report.run_folder import Run
 from ..report.run_report import library_versions
-from ..version import __version__
 from .saved_files import PICTURE_NAME, adapter_folder, is_head_sparse, lora_folder, save_heads
 from .state import P2DState
 
 
 if TYPE_CHECKING:
     from .p2d_trainer import P2DTrainer
+
+logger = logging.getLogger(__name__)
 
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 _MARKUP = re.compile(r"([\\`*_\[\]<>#|~&!$])")
@@ -70,11 +74,22 @@ def complete_model_card(trainer: P2DTrainer, model_name: str | None) -> None:
         "lora_literal": _path_literal(lora_folder(model)) if has_lora else None,
         "choices": None if state is None else _choices(model, state),
         "costs": None if trainer.report is None or in_training else _costs(trainer.report),
+        "picture_names": {"costs": COSTS_NAME, "data": DATA_NAME, "curves": CURVES_NAME},
+        "pictures": {} if trainer.report is None or in_training else _pictures(folder),
         "picture": PICTURE_NAME if (folder / PICTURE_NAME).is_file() else None,
-        "versions": {"p2d_peft": __version__, **library_versions()}.items(),
+        "versions": library_versions().items(),
         "tracking": ", ".join(_tracking_links()),
     }
     ModelCard.from_template(data, template_path=str(_TEMPLATE), **values).save(folder / REPOCARD_NAME)
+
+
+def _pictures(folder: Path) -> dict[str, str]:
+    """The plots of a finished run, saved for the card, with what is on them; none where they cannot be drawn."""
+    try:
+        return save_pictures(folder, Run.read(folder))
+    except (ImportError, ValueError) as error:  # without matplotlib, or where someone meddled with the folder
+        logger.info("The card has no plots. %s", error)
+        return {}
 
 
 @dataclass(frozen=True)

@@ -3,40 +3,53 @@
 from __future__ import annotations
 
 import inspect
-import os
+import logging
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from torch import nn
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from trl import SFTTrainer
 
+from ..argument_checks import check_type
 from ..efficiency import StageClock, StageCosts
+from ..files import check_writable
 from ..heads import HeadScores, HeadSet, ModelGeometry
 from ..heads.localize import needs_weights
+from ..model_checks import check_runnable
 from ..report import P2DReport
 from ..report.run_report import REPORT_NAME
 from ..selection import P2DDataSelector
 from ..selection.pool import rows_of
+from ..selection.progress import no_bars
+from ..selection.row_checks import check_rows
 from ..selection.selector import needs_heads
 from ..tuners import HeadSparseConfig
 from .added_tokens import brings_tokens, learn_tokens, load_processing_class, vocabulary
 from .arguments import as_p2d_config, changed
-from .checks import check_attention, check_optimizer, check_sharding, check_type
+from .checks import check_attention, check_optimizer, check_optimizer_is_there, check_sharding
 from .choosing import choose, scores_folder
 from .config import P2DConfig
+from .data_checks import ARGUMENTS
+from .data_files import remove_data_files
 from .deferred_adapter import BackwardEndsAtLowestHead, DeferredAdapter, attach
 from .estimate import estimate_run
+from .interruption import explained_interruption
 from .model_card import complete_model_card
 from .reference import count_tokens
 from .reporting import make_report, report_metrics
 from .run_estimate import RunEstimate
-from .saved_files import load_head_scores, save_beside_model
+from .saved_files import load_head_scores, save_beside_model, save_heads
 from .state import P2DState
 from .tokenized import tokenized
+
+
+logger = logging.getLogger(__name__)
 
 
 class P2DTrainer(SFTTrainer, DeferredAdapter):
@@ -92,10 +105,15 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
     _tag_names = ["trl", "sft", "p2d", "p2d_peft"]
     _name = "P2D"
     _paper = {
-        "title": "From Parameters to Data",
+        "title": "From Parameters to Data: A Task-Parameter-Guided Fine-Tuning Pipeline for Efficient LLM Alignment",
         "id": "2605.21558",
-        "citation": "@article{p2d2026,\n    title        = {{From Parameters to Data}},\n"
-        "    year         = 2026,\n    eprint       = {arXiv:2605.21558},\n}",
+        "citation": "@inproceedings{chen2026p2d,\n"
+        "    title     = {{From Parameters to Data: A Task-Parameter-Guided Fine-Tuning Pipeline for Efficient LLM "
+        "Alignment}},\n"
+        "    author    = {Hao Chen and Qi Zhang and Liyao Li and Zhanming Shen and Wentao Ye and Lirong Gao and "
+        "Ningtao Wang and Xing Fu and Xiaoyu Shen and Junbo Zhao},\n"
+        "    booktitle = {International Conference on Machine Learning},\n"
+        "    year      = 2026,\n    eprint    = {arXiv:2605.21558},\n}",
     }
 
     # what TRL and transformers declare more widely than it is here
@@ -134,20 +152,29 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
 
         if args.p2d:
             check_type("target_dataset", target_dataset, (Dataset, IterableDataset), "a `datasets.Dataset`")
+            for name, dataset in (("train_dataset", given.get("train_dataset")), ("target_dataset", target_dataset)):
+                if isinstance(dataset, Dataset) and not len(dataset):
+                    raise ValueError(f"`{name}` has no rows.")
             check_type("heads", heads, (HeadSet,), "a `HeadSet`")
             check_type("selector", selector, (P2DDataSelector,), "a `P2DDataSelector`")
+            if args.should_save:
+                check_writable(Path(args.output_dir, REPORT_NAME))
             self._head_sparse_config = self._deferred_config(given, heads)
             self.wants_heads = self._head_sparse_config is not None or (
                 selector is None and args.data_ratio < 1 and needs_heads(args.scorer)
             )
             if selector is not None or args.data_ratio < 1 or (self.wants_heads and not self._heads_are_given(heads)):
                 check_sharding(args)
+                if isinstance(model, nn.Module):
+                    check_runnable(model)
             if self.wants_heads:
                 # before anything is loaded or tokenized
                 if isinstance(model, str):
-                    is_quantized = check_attention(model, args) or given.get("quantization_config") is not None
+                    is_quantized = check_attention(model, args, heads) or given.get("quantization_config") is not None
                 else:
-                    ModelGeometry.of(model)
+                    geometry = ModelGeometry.of(model)
+                    if heads is not None:
+                        geometry.check(heads)
                     is_quantized = getattr(model, "is_quantized", False)
                 method = args.localize_method
                 if is_quantized and method and needs_weights(method) and not self._heads_are_given(heads):
@@ -210,6 +237,8 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             heads = self.selector.engine.heads
         self.heads = None if heads is None else ModelGeometry.of(self.model).check(heads)
         if self.target_dataset is not None and not self._skip_prepare_dataset:
+            if isinstance(self.target_dataset, Dataset):
+                check_rows(self.target_dataset, self.processing_class, args, formatting_func, "target_dataset")
             self.target_dataset = super()._prepare_dataset(
                 self.target_dataset,
                 self.processing_class,
@@ -228,6 +257,10 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         formatting_func: Callable[[dict[str, Any]], str] | None,
         dataset_name: str,
     ) -> Any:
+        is_plain = isinstance(dataset, Dataset) and dataset.format["type"] != "custom"
+        if args.p2d and is_plain:
+            name = ARGUMENTS.get(dataset_name, f"eval_dataset['{dataset_name}']")
+            check_rows(dataset, processing_class, args, formatting_func, name)
         if self._pool_is_next:  # SFTTrainer prepares the training set first
             self._pool_is_next = False
             if packing:
@@ -247,7 +280,18 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
 
         Raises:
             `ValueError`: if the checkpoint to resume from is not one of P2DTrainer's, or belongs to another pool.
+            `KeyboardInterrupt`: as it comes, after a warning that says what is kept and how to go on.
         """
+        with explained_interruption(self) if self.args.p2d else nullcontext():
+            output = self._choose_and_train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        self.save_state()  # `p2d report` draws its log; the checkpoints' end before the training does
+        return output
+
+    def _choose_and_train(
+        self, resume_from_checkpoint: str | bool | None, trial: Any, ignore_keys_for_eval: list[str] | None
+    ) -> TrainOutput:
+        if not resume_from_checkpoint and self._p2d_state is None and self.is_world_process_zero():
+            remove_data_files(self.args.output_dir)
         if not self.args.p2d:
             self._clock.set(StageCosts())
             if resume_from_checkpoint:  # what the steps before took is not known, so there is nothing to report
@@ -266,7 +310,10 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
                 self.head_scores = load_head_scores(checkpoint)
                 self._start_from(state)
         elif self._p2d_state is None:
-            self._start_from(choose(self))
+            check_optimizer_is_there(self)
+            with no_bars() if self.args.disable_tqdm else nullcontext():
+                state = choose(self)
+            self._start_from(state)
         else:  # a second training is charged for itself, and again for what it builds on
             self._clock.set(self._clock.costs.without("train"))
         with self._clock.stage("train", tokens=self._trained_tokens):
@@ -314,7 +361,9 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             assert state.heads is not None
             self.model = attach(self.model, self._head_sparse_config, state.heads, self.args)
             self.model_wrapped = self.model
-            if not (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            if self.args.activation_offloading:  # what is a weight, and stays where it is
+                self.maybe_activation_offload_context.update_model_params(self.model)
+            if not (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
                 self.add_callback(BackwardEndsAtLowestHead)
         check_optimizer(self.optimizer, self.model)
         self.train_dataset = selected
@@ -333,8 +382,17 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             if self.args.p2d:
                 logs.update(report_metrics(self.report))
             if self.is_world_process_zero():
-                self.report.save(os.path.join(self.args.output_dir, REPORT_NAME))
+                self._save_report(self.report)
         super().log(logs, start_time)
+
+    def _save_report(self, report: P2DReport) -> None:
+        folder = Path(self.args.output_dir)
+        try:
+            report.save(folder / REPORT_NAME)
+            # what the report is read with, also where nobody saves the model
+            save_heads(folder, self.model, self.heads, self.head_scores, picture=False)
+        except OSError as error:  # the trained weights are worth more, and not saved yet
+            logger.warning("The report is in `trainer.report` alone. %s", error)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)

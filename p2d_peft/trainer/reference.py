@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from transformers.trainer_optimizer import is_optimizer_factory
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..efficiency import Reference, estimate_reference
@@ -161,28 +162,36 @@ def training_mode(trainer: P2DTrainer) -> Iterator[tuple[TrainingLoss, MakeOptim
 
     def training_loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         on_device = {key: value.to(device) for key, value in batch.items()}
-        with trainer.accelerator.autocast():
+        with trainer.accelerator.autocast(), trainer.maybe_activation_offload_context:
             loss: torch.Tensor = model(**on_device, use_cache=False, fused_lm_head=True).loss
         return loss
 
+    def make_optimizer(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        if is_optimizer_factory(optimizer_class):
+            made: torch.optim.Optimizer = optimizer_class()(model, **optimizer_kwargs)
+            return made
+        return optimizer_class(parameters, **optimizer_kwargs)
+
     with preserved_state(model), _checkpointing_as_in_training(model, args):
         model.train()
-        yield training_loss, lambda parameters: optimizer_class(parameters, **optimizer_kwargs)
+        yield training_loss, make_optimizer
 
 
 @contextmanager
 def _checkpointing_as_in_training(model: Any, args: P2DConfig) -> Iterator[None]:
     """Switch activation checkpointing on as `Trainer.train` would, and off again."""
-    if not args.activation_checkpointing or model.is_activation_checkpointing:
+    # Arguments and modules have the old name in all versions of transformers, the model's methods only up to 5.21.
+    name = "activation" if hasattr(type(model), "activation_checkpointing_enable") else "gradient"
+    if not args.gradient_checkpointing or getattr(model, f"is_{name}_checkpointing"):
         yield
         return
-    kwargs = dict(args.activation_checkpointing_kwargs or {})
-    every_n_layers, offload = kwargs.pop("every_n_layers", 1), kwargs.pop("offload", False)
-    model.activation_checkpointing_enable(kwargs or None, every_n_layers=every_n_layers, offload=offload)
+    kwargs = dict(args.gradient_checkpointing_kwargs or {})
+    options = {key: kwargs.pop(key) for key in ("every_n_layers", "offload") if key in kwargs}
+    getattr(model, f"{name}_checkpointing_enable")(kwargs or None, **options)
     try:
         yield
     finally:
-        model.activation_checkpointing_disable()
+        getattr(model, f"{name}_checkpointing_disable")()
         model.disable_input_require_grads()  # enabled along with it, and left on
 
 

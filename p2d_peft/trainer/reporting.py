@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import re
+from enum import Enum
 from typing import TYPE_CHECKING
 
 from datasets import Dataset
+from transformers import TrainingArguments
 
 from ..efficiency import StageCosts, alignment_efficiency_ratio
 from ..heads import ModelGeometry
@@ -17,6 +22,11 @@ from .state import P2DState
 
 if TYPE_CHECKING:
     from .p2d_trainer import P2DTrainer
+
+# Where results go, who may read them, and how the run is watched.
+_NOT_OF_RESULT = re.compile(
+    r"(output_dir|run_name|project|disable_tqdm|resume_from|local_rank|report_|log_|logging_|hub_|push_|trackio_)"
+)
 
 
 def make_report(trainer: P2DTrainer, state: P2DState | None, costs: StageCosts) -> P2DReport:
@@ -34,6 +44,8 @@ def make_report(trainer: P2DTrainer, state: P2DState | None, costs: StageCosts) 
     aer = None if reference_seconds is None else alignment_efficiency_ratio(costs.seconds, reference_seconds)
     model = trainer.accelerator.unwrap_model(trainer.model)
     parameters = list(model.parameters())
+    # where no heads were needed, it may be a model whose heads are not known
+    geometry = None if state is None or state.heads is None else ModelGeometry.of(model)
     pool_rows, pool_tokens = _size_of_all(trainer) if state is None else (state.pool_rows, state.pool_tokens)
     return P2DReport(
         stage_seconds=costs.seconds,
@@ -50,8 +62,8 @@ def make_report(trainer: P2DTrainer, state: P2DState | None, costs: StageCosts) 
         speedup=None if aer is None else 1 / aer,
         model=model_id(model),
         seed=trainer.args.seed,
-        # where none was needed, it may be a model whose heads are not known
-        n_heads=None if state is None or state.heads is None else len(ModelGeometry.of(model).heads),
+        n_heads=None if geometry is None else len(geometry.heads),
+        layer_heads=None if geometry is None else {str(layer): geometry[layer].n_heads for layer in geometry},
         heads=state.heads.to_dict()["heads"] if state is not None and state.heads is not None else None,
         localize_method=None if state is None else state.localize_method,
         pool_rows=pool_rows,
@@ -61,7 +73,29 @@ def make_report(trainer: P2DTrainer, state: P2DState | None, costs: StageCosts) 
         scorer=None if state is None else state.scorer,
         trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         total_parameters=sum(p.numel() for p in parameters),
+        arguments=changed_arguments(trainer.args),
     )
+
+
+def changed_arguments(args: TrainingArguments) -> dict[str, bool | int | float | str | None]:
+    """
+    The arguments that are not the defaults, as far as they may be published and bear on the result: no paths, no tokens,
+    nothing of where results go, and no objects.
+
+    Args:
+        args (`TrainingArguments`): A trainer's arguments.
+    """
+    arguments: dict[str, bool | int | float | str | None] = {}
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        value = value.value if isinstance(value, Enum) else value
+        if not (value is None or isinstance(value, bool | int | float | str)) or value == field.default:
+            continue
+        is_path = isinstance(value, str) and ("/" in value or "\\" in value)
+        if is_path or not math.isfinite(value if isinstance(value, float) else 0) or _NOT_OF_RESULT.match(field.name):
+            continue
+        arguments[field.name] = value
+    return arguments
 
 
 def _size_of_all(trainer: P2DTrainer) -> tuple[int | None, int | None]:

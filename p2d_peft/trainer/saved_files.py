@@ -19,7 +19,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..heads import HeadScores, HeadSet, ModelGeometry
-from ..heads.hub import HEADS_NAME
+from ..heads.hub import HEAD_SCORES_NAME, HEADS_NAME
 from ..report.head_map import save_head_map
 from ..tuners.head_sparse import save_as_lora
 from ..tuners.head_sparse.config import HEAD_SPARSE
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-HEAD_SCORES_NAME = "p2d_head_scores.json"
 PICTURE_NAME = "p2d_heads.png"
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ..efficiency import Reference, StageCosts
 from ..files import read_json, write_json
 from ..heads import HeadSet
+from ..json_fields import checked_fields
 
 
 STATE_NAME = "p2d_state.json"
@@ -60,7 +63,7 @@ class P2DState:
         Read what [`P2DState.save`] wrote.
 
         Raises:
-            `ValueError`: if the folder holds no such state.
+            `ValueError`: if the folder holds no such state, or a damaged one.
         """
         path = Path(folder) / STATE_NAME
         if not path.is_file():
@@ -71,10 +74,33 @@ class P2DState:
         data: Any = read_json(path)
         if not isinstance(data, Mapping) or data.get("format") != _FORMAT:
             raise ValueError(f"'{path}' is not the state of a P2D run.")
-        names = {entry.name for entry in fields(cls)}
-        values = {name: value for name, value in data.items() if name in names}
-        values["heads"] = None if values["heads"] is None else HeadSet.from_dict(values["heads"])
-        values["reference"] = None if values["reference"] is None else Reference(**values["reference"])
-        # checkpoints of earlier versions have the seconds alone
-        costs = {entry.name: data.get(f"stage_{entry.name}", {}) for entry in fields(StageCosts)}
-        return cls(**values), StageCosts(**costs)
+        try:
+            return cls._of_json(data), _costs_of_json(data)
+        except ValueError as error:
+            raise ValueError(
+                f"'{path}' is the state of a P2D run, but damaged: {error} Resume from another checkpoint, or start anew."
+            ) from error
+
+    @classmethod
+    def _of_json(cls, data: Mapping[str, Any]) -> P2DState:
+        heads, reference = data.get("heads"), data.get("reference")
+        parts = {
+            "heads": heads and HeadSet.from_dict(heads),
+            "reference": Reference(**checked_fields(Reference, reference))
+            if isinstance(reference, Mapping)
+            else reference,
+        }
+        # what has a default here is written all the same; without it the run would go on with other rows
+        if missing := sorted({entry.name for entry in fields(cls)} - set(data)):
+            raise ValueError(f"{', '.join(map(repr, missing))} is missing.")
+        state = cls(**checked_fields(cls, {**data, **parts}))
+        ascending = [-1, *(state.rows or ()), math.inf if state.pool_rows is None else state.pool_rows]
+        if any(a >= b for a, b in pairwise(ascending)):
+            raise ValueError(f"'rows' must be ascending numbers of the pool's {state.pool_rows} rows.")
+        return state
+
+
+def _costs_of_json(data: Mapping[str, Any]) -> StageCosts:
+    # checkpoints of earlier versions have the seconds alone
+    names = [entry.name for entry in fields(StageCosts)]
+    return StageCosts(**checked_fields(StageCosts, {name: data.get(f"stage_{name}", {}) for name in names}))

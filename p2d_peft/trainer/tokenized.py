@@ -6,8 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, IterableDataset
-from trl.data_utils import get_dataset_column_names
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, get_dataset_column_names
 
 from ..selection.progress import quiet_datasets
 

@@ -3,6 +3,7 @@ import subprocess
 import pytest
 from accelerate.commands.launch import _validate_launch_command
 
+from p2d_peft.cli import main
 from p2d_peft.commands import launch, sft
 from p2d_peft.commands.launch import is_launched, launch_arguments
 
@@ -64,3 +65,12 @@ def test_a_launched_process_trains_and_launches_no_more(launcher, monkeypatch, t
     monkeypatch.setattr(sft, "is_launched", lambda: launcher is not None)
     sft.run(["--config", f"{tmp_path}/recipe.yaml", *flags])
     assert called == (["launch"] if launcher is None else ["main"])
+
+
+def test_the_processes_get_what_stands_before_the_command(monkeypatch):
+    launched = []
+    monkeypatch.setattr(sft, "launch", launched.append)
+    assert main(["sft", "--num_processes", "2", "--use_cpu", "--bf16", "false", "--quiet"]) == 0
+    assert main(["--debug", "sft", "--num_processes", "2", "--use_cpu", "--bf16", "false"]) == 0
+    own = ["sft", "--num_processes", "2", "--use_cpu", "--bf16", "false"]
+    assert [arguments.training_script_args for arguments in launched] == [["--quiet", *own], ["--debug", *own]]

@@ -1,4 +1,6 @@
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 from datasets import IterableDataset
@@ -49,6 +51,10 @@ def given(monkeypatch):
             Stub.kwargs, Stub.calls = kwargs, []
             self.accelerator = self
 
+        def train(self, **kwargs):
+            Stub.calls.append(("train", (), kwargs))
+            return SimpleNamespace(metrics={})
+
         def __getattr__(self, name):
             return lambda *args, **kwargs: Stub.calls.append((name, args, kwargs))
 
@@ -64,7 +70,9 @@ def test_a_recipe_runs_and_flags_override_it(recipe, tmp_path, capsys):
     assert isinstance(config, HeadSparseConfig)
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     printed = capsys.readouterr().out
-    assert "selected rows             6" in printed and f"saved to {tmp_path}/out" in printed
+    assert re.search(r"^\*+ train metrics \*+$", printed, re.MULTILINE)
+    assert re.search(r"^  train_p2d_selected_rows +=  +6$", printed, re.MULTILINE)
+    assert f"saved to {tmp_path}/out; `p2d report {tmp_path}/out` tells what was chosen" in printed
 
 
 def test_use_peft_trains_lora_on_the_selected_rows(recipe, tmp_path):
@@ -126,6 +134,7 @@ def test_what_a_trainer_takes_is_passed_on(recipe, folder, given, tmp_path):
     assert calls == [
         ("train", {"resume_from_checkpoint": "checkpoint-1"}),
         ("save_model", {}),
+        ("log_metrics", {}),
         ("push_to_hub", {"dataset_name": f"{tmp_path}/data"}),
         ("end", {}),
     ]
@@ -138,7 +147,7 @@ def test_what_a_trainer_takes_is_passed_on(recipe, folder, given, tmp_path):
         ("eval_strategy: epoch", r"pool.jsonl' is one file. Give it as `datasets` with `test_split_size`"),
         ("eval_strategy: epoch\ndatasets: [{path: json, data_files: FOLDER/pool.jsonl}]", "give `test_split_size`"),
         ("heads_ratio: 0.5", "Neither `p2d sft` nor `accelerate launch` knows --heads_ratio"),
-        ("heads_file: no.json", "No such file or directory: 'no.json'"),
+        ("heads_file: no.json", "There is no file 'no.json' to read heads from; `p2d heads` writes one"),
         ("data_ratio: 2.0", "`data_ratio` must be in (0, 1], got 2.0"),
     ],
 )
@@ -149,3 +158,14 @@ def test_mistakes_are_told_before_any_work(lines, message, recipe, folder, given
     assert main(["sft", "--config", recipe]) == 2
     error = capsys.readouterr().err
     assert message in error and not given.kwargs
+
+
+def test_quiet_reaches_the_trainer(recipe, given, capsys):
+    assert main(["sft", "--config", recipe, "--disable_tqdm", "false", "--quiet"]) == 0
+    assert given.kwargs["args"].disable_tqdm and capsys.readouterr().out == ""
+
+
+def test_a_missing_bitsandbytes_is_named(recipe, monkeypatch, capsys):
+    monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)
+    assert main(["sft", "--config", recipe, "--load_in_4bit"]) == 2
+    assert "requires bitsandbytes: `pip install -U bitsandbytes" in capsys.readouterr().err

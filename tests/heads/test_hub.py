@@ -36,8 +36,8 @@ def test_no_connection_is_not_taken_for_no_file():
         *(
             (json.dumps({"format": "p2d_peft.HeadSet", "heads": heads}), message)
             for heads, message in [
-                ({"0": 3}, "layer '0' has no list of heads, but int"),
-                ({"0": "12"}, "layer '0' has no list of heads, but str"),
+                ({"0": 3}, "a list of heads, got 3 for '0'"),
+                ({"0": "12"}, "a list of heads, got '12' for '0'"),
                 ({"0": [1.5]}, r"pairs of integers, got \(0, 1\.5\)"),
                 ({"0": [[1]]}, "pairs of integers"),
                 ({"0": [None]}, "pairs of integers"),

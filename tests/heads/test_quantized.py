@@ -7,6 +7,7 @@ import torch
 
 from p2d_peft.heads import localize_heads
 from p2d_peft.heads.localize import LocalizeMethod
+from p2d_peft.model_state import preserved_state
 
 from ..quantized_models import SCHEMES, SIZES, load_quantized, save_base
 from ..tiny_models import random_batch, tiny_model
@@ -27,7 +28,7 @@ def folder(tmp_path_factory):
 def test_methods_that_look_at_no_weights_give_about_the_scores_of_the_unquantized_model(scheme, method, folder):
     batch = random_batch(rows=4)
     model = load_quantized(folder, scheme).eval()
-    with torch.no_grad():
+    with preserved_state(model), torch.no_grad():  # see there for what inference may do to 4-bit weights
         before = model(**batch).logits
     parameters = {name: (parameter, parameter._version) for name, parameter in model.named_parameters()}
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -37,7 +38,7 @@ def test_methods_that_look_at_no_weights_give_about_the_scores_of_the_unquantize
     assert {name: (parameter, parameter._version) for name, parameter in model.named_parameters()} == parameters
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
     assert all(parameter.grad is None for parameter in model.parameters())
-    with torch.no_grad():
+    with preserved_state(model), torch.no_grad():
         assert torch.equal(model(**batch).logits, before)
 
 

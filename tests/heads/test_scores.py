@@ -1,4 +1,5 @@
 import math
+import sys
 
 import matplotlib
 import pytest
@@ -174,3 +175,9 @@ def test_heads_of_one_group_can_be_kept_apart(tmp_path):
     for wrong in ((3, 1), (2,), (2, 0)):
         with pytest.raises(ValueError, match=r"`n_kv_heads` must be the number of key/value heads of each row"):
             HeadScores(values, "taylor", n_kv_heads=wrong)
+
+
+def test_a_missing_matplotlib_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"`HeadScores.plot` needs matplotlib: `pip install p2d_peft\[plots\]`"):
+        HeadScores(torch.ones(2, 2), "random").plot()

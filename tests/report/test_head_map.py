@@ -1,3 +1,5 @@
+import sys
+
 import matplotlib.image
 import numpy as np
 import pytest
@@ -41,3 +43,9 @@ def test_layers_without_heads_and_several_stacks(tmp_path):
         geometry = ModelGeometry.of(LAYOUTS[name].model())
         save_head_map(tmp_path / f"{name}.png", HeadSet(list(geometry.heads)[:1]), geometry)
         assert dark(tmp_path / f"{name}.png") > 0
+
+
+def test_a_missing_matplotlib_is_named(geometry, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"picture of the heads needs matplotlib: `pip install p2d_peft\[plots\]`"):
+        save_head_map(tmp_path / "a.png", HeadSet([(0, 1)]), geometry)

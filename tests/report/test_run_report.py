@@ -4,6 +4,9 @@ import json
 import pytest
 
 from p2d_peft.report import P2DReport
+from p2d_peft.report.data_records import Group, Histogram, Sample, SamplesRecord, SelectionRecord
+
+from ..test_docs import ROOT
 
 
 def report(**changes):
@@ -23,6 +26,7 @@ def report(**changes):
         "model": "org/name",
         "seed": 42,
         "n_heads": 12,
+        "layer_heads": {"0": 4, "1": 4, "2": 4},
         "heads": {"0": [1]},
         "localize_method": "proxy",
         "pool_rows": 100,
@@ -32,6 +36,7 @@ def report(**changes):
         "scorer": "affinity",
         "trainable_parameters": 10,
         "total_parameters": 1000,
+        "arguments": {"learning_rate": 0.001, "bf16": True, "optim": "adamw"},
     }
     return P2DReport(**{**values, **changes})
 
@@ -40,8 +45,16 @@ def test_round_trip(tmp_path):
     report().save(tmp_path / "p2d_report.json")
     assert P2DReport.load(tmp_path / "p2d_report.json") == report()
     data = json.loads((tmp_path / "p2d_report.json").read_text())
-    assert data["schema"] == 2 and set(data["versions"]) >= {"python", "torch", "peft", "trl"}
+    assert data["schema"] == 3 and set(data["versions"]) >= {"p2d_peft", "python", "torch", "peft", "trl"}
     assert {field.name for field in dataclasses.fields(P2DReport)} == set(data) - {"format", "schema"}
+
+
+def test_the_docs_have_every_field():
+    text = (ROOT / "docs" / "reading-the-report.md").read_text(encoding="utf-8")
+    for record in (P2DReport, SelectionRecord, Histogram, SamplesRecord, Group, Sample):
+        for field in dataclasses.fields(record):
+            assert f"`{field.name}`" in text, field.name
+    assert f"The schema is {P2DReport.schema}." in text
 
 
 def test_a_report_without_a_reference_round_trips(tmp_path):
@@ -55,10 +68,18 @@ def test_a_report_without_a_reference_round_trips(tmp_path):
 def test_a_report_of_schema_1_lacks_tokens_and_memory(tmp_path):
     report().save(tmp_path / "r.json")
     data = json.loads((tmp_path / "r.json").read_text())
-    new = ("stage_tokens", "stage_peak_memory", "peak_memory_kind", "device", "processes")
+    new = ("stage_tokens", "stage_peak_memory", "peak_memory_kind", "device", "processes", "layer_heads", "arguments")
     (tmp_path / "r.json").write_text(json.dumps({**{k: v for k, v in data.items() if k not in new}, "schema": 1}))
-    lacking = {"stage_tokens": {}, "stage_peak_memory": {}}
+    lacking = {"stage_tokens": {}, "stage_peak_memory": {}, "arguments": {}}
     assert P2DReport.load(tmp_path / "r.json") == report(**{**dict.fromkeys(new), **lacking})
+
+
+def test_a_report_of_schema_2_lacks_arguments(tmp_path):
+    report().save(tmp_path / "r.json")
+    data = json.loads((tmp_path / "r.json").read_text())
+    del data["layer_heads"], data["arguments"]
+    (tmp_path / "r.json").write_text(json.dumps({**data, "schema": 2}))
+    assert P2DReport.load(tmp_path / "r.json") == report(layer_heads=None, arguments={})
 
 
 @pytest.mark.parametrize("content", ["[]", "{}"])
@@ -70,5 +91,17 @@ def test_what_is_no_report_is_refused(content, tmp_path):
 
 def test_a_schema_to_come_is_refused(tmp_path):
     (tmp_path / "r.json").write_text('{"format": "p2d_peft.P2DReport", "schema": 99}')
-    with pytest.raises(ValueError, match="of schema 99, but this version of p2d_peft reads 1 to 2"):
+    with pytest.raises(ValueError, match="of schema 99, but this version of p2d_peft reads 1 to 3"):
         P2DReport.load(tmp_path / "r.json")
+
+
+def test_a_value_of_another_type_is_named(tmp_path):
+    report().save(tmp_path / "r.json")
+    data = json.loads((tmp_path / "r.json").read_text())
+    for changes, message in (
+        ({"seed": "x"}, "'seed' must be int"),
+        ({"heads": {"0": "1"}}, r"'heads\['0'\]' must be"),
+    ):
+        (tmp_path / "r.json").write_text(json.dumps({**data, **changes}))
+        with pytest.raises(ValueError, match=rf"r\.json' is damaged: {message}"):
+            P2DReport.load(tmp_path / "r.json")

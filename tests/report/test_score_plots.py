@@ -1,6 +1,8 @@
 import math
+import sys
 
 import matplotlib
+import pytest
 import torch
 
 from p2d_peft.report.score_plots import plot_scores
@@ -17,3 +19,9 @@ def test_histogram_counts_each_row_once_and_marks_the_cut():
     (cut,) = (line for line in ax.lines)
     assert cut.get_xdata()[0] == float(scores[4])
     assert plot_scores(scores, kept=[], ax=ax) is ax
+
+
+def test_a_missing_matplotlib_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"`plot_scores` needs matplotlib: `pip install p2d_peft\[plots\]`"):
+        plot_scores(torch.ones(2), kept=[1])

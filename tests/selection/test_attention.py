@@ -59,9 +59,10 @@ def test_the_attention_implementation_comes_back_also_after_an_exception():
         assert_unchanged(model, before)
 
 
-def test_a_model_without_exchangeable_attention_is_refused():
+@pytest.mark.parametrize("model", [torch.nn.Linear(1, 1), tiny_model("gemma2")], ids=["no transformer", "gemma2"])
+def test_a_model_whose_attention_cannot_be_exchanged_is_refused(model):
     with (
-        pytest.raises(ValueError, match=r"cannot be exchanged; use a scorer that needs no attention weights"),
-        observable_attention(torch.nn.Linear(1, 1), HEADS),
+        pytest.raises(ValueError, match=r"cannot be exchanged for SDPA; use a scorer that needs no attention weights"),
+        observable_attention(model, HEADS),
     ):
         pass

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from trl import SFTConfig, SFTTrainer
 
 from p2d_peft.heads import HeadSet
+from p2d_peft.passed_tokens import passed_tokens
 from p2d_peft.selection import P2DDataSelector, engine
 from p2d_peft.selection.policies import RoundRobin
 from p2d_peft.selection.scoring import RowScores, Scorer
@@ -135,16 +137,34 @@ def test_a_run_that_failed_goes_on_where_it_was(scorer, tmp_path, caplog):
     first = watched(selector(scorer=scorer, cache_dir=tmp_path), [], at=3, then=interrupt)
     with caplog.at_level("WARNING", logger="p2d_peft"), pytest.raises(KeyboardInterrupt):
         first.score(prompt_completion())
-    assert f"The scores of 15 rows are in '{tmp_path}'; run the same again with this `cache_dir`" in caplog.text
+    assert f"The scores of 15 rows are kept in '{tmp_path}': the same run, started again, goes on" in caplog.text
 
     second = watched(selector(scorer=scorer, cache_dir=tmp_path), calls := [])
     assert torch.equal(second.score(prompt_completion()), expected)
-    assert calls == [15, 20] and second.report.n_resumed == 15
+    assert calls == [15, 20] and second.report.n_resumed == 15 and second.report.resumed_seconds > 0
     third = watched(selector(scorer=scorer, cache_dir=tmp_path), calls := [])
     # a stream of the same rows is the same pool
     assert torch.equal(third.score(prompt_completion().to_iterable_dataset()), expected)
     assert calls == [] and third.report.n_resumed == 24
-    assert replace(third.report, n_resumed=0, seconds=0) == replace(second.report, n_resumed=0, seconds=0)
+    nothing = {"n_resumed": 0, "resumed_seconds": 0, "resumed_tokens": 0, "seconds": 0}
+    assert replace(third.report, **nothing) == replace(second.report, **nothing)
+
+
+@pytest.mark.parametrize("scorer", SHARDED)
+def test_what_is_taken_over_says_what_it_took(scorer, tmp_path, monkeypatch):
+    model = tiny_model()
+
+    real_time, waited = time.perf_counter, []
+    monkeypatch.setattr(engine.time, "perf_counter", lambda: real_time() + sum(waited))
+    first = watched(selector(model, scorer, cache_dir=tmp_path), [], at=2, then=lambda: waited.append(1_000.0))
+    with passed_tokens(model) as passed:
+        first.score(prompt_completion())
+        of_first = passed()
+    assert (first.report.resumed_seconds, first.report.resumed_tokens) == (0, 0)
+    again = selector(model, scorer, cache_dir=tmp_path)
+    again.score(prompt_completion())
+    assert 1_000 < again.report.resumed_seconds < first.report.seconds
+    assert again.report.resumed_tokens == of_first and again.report.seconds < 1_000
 
 
 def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path):
@@ -315,8 +335,10 @@ def test_the_report_counts_what_sft_trainer_would_cut(mode, tmp_path):
 def test_scores_that_are_no_numbers_are_named_from_all_shards():
     model = tiny_model()
     letter = tiny_tokenizer().convert_tokens_to_ids("Q")
-    with torch.no_grad():
-        model.model.embed_tokens.weight[letter] = torch.nan
+    # the weights are numbers, what is made of them is none
+    model.model.embed_tokens.register_forward_hook(
+        lambda module, inputs, output: output.masked_fill((inputs[0] == letter)[..., None], torch.nan)
+    )
     made = rows(24)
     for row in (3, 11, 23):
         made[row]["prompt"] = "Q" + made[row]["prompt"]

@@ -11,7 +11,7 @@ from p2d_peft.selection.icl import answers
 
 from ..model_checks import assert_unchanged, snapshot
 from ..tiny_data import prompt_completion
-from ..tiny_models import tiny_model, tiny_tokenizer
+from ..tiny_models import LAYOUTS, tiny_model, tiny_tokenizer
 from .direct import samples_of
 
 
@@ -94,3 +94,15 @@ def test_answers_are_what_the_model_generates_behind_the_demonstrations():
                 if ids[-1] == model.generation_config.eos_token_id:
                     break
         assert answer == tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("name", ["qwen3-next", "jamba"])
+def test_hybrids_are_refused_by_name_and_left_alone(name):
+    model, (layer, *_) = LAYOUTS[name].model(), LAYOUTS[name].projections
+    before = snapshot(model)
+    selector = P2DDataSelector(
+        model, tiny_tokenizer(), heads=HeadSet([(layer, 1)]), target=prompt_completion(4), scorer="icl"
+    )
+    with pytest.raises(ValueError, match=r"`scorer`='icl' needs attention in all layers, but layer 0 of `model` "):
+        selector.score(prompt_completion())
+    assert_unchanged(model, before)

@@ -63,7 +63,7 @@ def test_the_bar_ends_at_the_size_of_the_pool_also_after_a_resumed_run(bars, sco
     selector(scorer=scorer, cache_dir=tmp_path).score(pool)
     for bar in bars:
         assert sum(bar.steps) == bar.total == 24 and min(bar.steps) >= 0 and bar.shown and bar.closed
-        assert bar.desc == f"Scoring pool ({scorer})"
+        assert bar.desc == f"Select ({scorer})"
 
 
 def test_a_stream_has_no_total(bars):
@@ -83,5 +83,5 @@ def test_the_one_bar_is_that_of_the_scoring(capsys, monkeypatch):
     monkeypatch.setattr(logging, "_tqdm_active", True)
     selector(scorer="perplexity").score(prompt_completion())
     printed = capsys.readouterr().err
-    assert "Scoring pool (perplexity)" in printed and "tokens/s" in printed
+    assert "Select (perplexity)" in printed and "tokens/s" in printed
     assert "Tokenizing" not in printed and "EOS" not in printed

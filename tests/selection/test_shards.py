@@ -88,12 +88,14 @@ def scored(shard, per_target=False):
     scores = torch.randn(n, dtype=torch.float64)
     scores[0] = torch.nan
     targets = torch.randn(n, 3) if per_target else None
-    return ScoredShard(shard.index, shard.first_row, scores, torch.arange(n, dtype=torch.int32), 2, targets)
+    n_tokens = torch.arange(n, dtype=torch.int32)
+    return ScoredShard(shard.index, shard.first_row, scores, n_tokens, 2, targets, seconds=1 / 3, passed_tokens=99)
 
 
 def same(a, b):
     tensors = [(a.scores, b.scores), (a.n_tokens, b.n_tokens), (a.per_target, b.per_target)]
-    return (a.index, a.first_row, a.n_truncated) == (b.index, b.first_row, b.n_truncated) and all(
+    numbers = [(x.index, x.first_row, x.n_truncated, x.seconds, x.passed_tokens) for x in (a, b)]
+    return numbers[0] == numbers[1] and all(
         x is y or (x.dtype == y.dtype and torch.equal(x.nan_to_num(7), y.nan_to_num(7))) for x, y in tensors
     )
 

@@ -10,7 +10,7 @@ import transformers
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, training_args
+from transformers import AutoModelForCausalLM, TrainerCallback, training_args
 
 from p2d_peft import HeadSet, P2DConfig, P2DTrainer
 from tests.test_docs import ROOT, blocks
@@ -42,7 +42,7 @@ def trainer(repo_id: str, base: str = BASE, **changes: object) -> P2DTrainer:
         "head_ratio": 0.25,
         "localize_method": "taylor",
         "reference_steps": 1,
-        "activation_checkpointing": False,
+        "gradient_checkpointing": False,
         "disable_tqdm": True,
         "push_to_hub": True,
         "hub_model_id": repo_id,
@@ -52,10 +52,25 @@ def trainer(repo_id: str, base: str = BASE, **changes: object) -> P2DTrainer:
     return P2DTrainer(base, args, train_dataset=prompt_completion(32), target_dataset=prompt_completion(6, seed=1))
 
 
-def train(run: P2DTrainer) -> None:
-    run.train()
+def wait_for_pushes(run: P2DTrainer) -> None:
     for job in run.push_in_progress.jobs if run.push_in_progress is not None else ():
         job.result()  # raises what the push raised
+
+
+class PushBeforeTheNextStep(TrainerCallback):
+    """Trainer pushes beside the training, and what it reads may be of a later step."""
+
+    def __init__(self, run: P2DTrainer) -> None:
+        self.run = run
+
+    def on_step_begin(self, *args: object, **kwargs: object) -> None:
+        wait_for_pushes(self.run)
+
+
+def train(run: P2DTrainer) -> None:
+    run.add_callback(PushBeforeTheNextStep(run))
+    run.train()
+    wait_for_pushes(run)
 
 
 @torch.no_grad()

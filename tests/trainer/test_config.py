@@ -35,13 +35,14 @@ def test_works_with_trl_parser_flags_yaml_and_help(tmp_path, capsys):
         (
             "localize_method",
             "magic",
-            r"`localize_method` must be one of \['proxy', 'taylor', .*'random'\], got 'magic'",
+            r"`localize_method` must be one of 'proxy', 'taylor', .*'random', got 'magic'",
         ),
         ("scorer", "magic", "`scorer` must be one of .*'affinity'.*got 'magic'"),
         ("target_samples", 0, "`target_samples` must be at least 1, got 0"),
         ("reference_seconds", 0.0, r"`reference_seconds` must be positive, got 0\.0"),
         ("reference_report", "gone", "`reference_report`='gone' does not exist"),
         ("reference_steps", -1, "`reference_steps` must be at least 0, got -1"),
+        ("report_samples", -1, "`report_samples` must be at least 0, got -1"),
     ],
 )
 def test_bad_fields_are_named(field, value, message, tmp_path):

@@ -21,7 +21,7 @@ def test_attaching_leaves_the_users_config_as_it_is(tmp_path):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_with_checkpoints_the_backward_pass_ends_at_the_lowest_head(use_reentrant, tmp_path):
-    changes = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+    changes = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
     run = trainer(tmp_path, heads=HeadSet([(1, 2)]), changes={**changes, "data_ratio": 1.0, "max_steps": 1})
     passes = Counter()
     for index, layer in enumerate(run.model.model.layers):

@@ -71,7 +71,7 @@ def test_everything_is_put_back_after_an_exception(place, tmp_path, monkeypatch)
         run.estimate()
     assert_unchanged(run.model, before)
     assert all(a is b for (_, a), (_, b) in zip(tree, modules(run.model), strict=True))
-    assert not run.model.is_activation_checkpointing
+    assert not run.model.is_gradient_checkpointing
 
 
 def watch_training(monkeypatch, run):
@@ -121,8 +121,8 @@ def test_another_adapter_is_timed_where_it_is(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
-        {"activation_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"gradient_checkpointing": True},
     {"packing": True, "packing_strategy": "wrapped", "max_length": 40},
     {"per_device_train_batch_size": 1, "localize_method": "agreement"},
     {"reference_steps": 0, "scorer": "bm25", "localize_method": "magnitude"},
@@ -166,10 +166,10 @@ def test_localizing_is_what_comes_once_and_what_comes_for_each_token(tmp_path, m
 
     monkeypatch.setattr(module, "localize_heads", localize)
     tokens = sum(map(len, run.target_dataset["input_ids"]))
-    assert module._localize_seconds(run, run.train_dataset) == pytest.approx(30 + 2 * tokens)
+    assert module._localize_seconds(run, run.target_dataset) == pytest.approx(30 + 2 * tokens)
     assert sorted(calls) == [1, 3]
-    few = run.target_dataset = run.target_dataset.select(range(13))
-    assert module._localize_seconds(run, run.train_dataset) == pytest.approx(30 + 2 * sum(map(len, few["input_ids"])))
+    few = run.target_dataset.select(range(13))
+    assert module._localize_seconds(run, few) == pytest.approx(30 + 2 * sum(map(len, few["input_ids"])))
     assert calls[2:] == [4]
 
 

@@ -1,5 +1,6 @@
 """To the Hub and back, with the real client and a local server."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -49,6 +50,10 @@ def test_to_the_hub_and_back(tmp_path):
     assert set(hub.unknown) <= {"GET /api/agent-harnesses"}
 
     files = hub.files("user/adapter")
+    # weights went to LFS storage, and nothing else did but what the Trainer keeps of its state
+    large = {path for path, content in files.items() if hashlib.sha256(content).hexdigest() in hub.lfs}
+    assert {"adapter_model.safetensors", "lora/adapter_model.safetensors"} <= large
+    assert {path.rpartition(".")[2] for path in large} <= {"safetensors", "bin", "pt", "pth"}
     assert set(files) >= {
         "README.md",
         "adapter_config.json",
@@ -60,6 +65,9 @@ def test_to_the_hub_and_back(tmp_path):
         "p2d_heads.json",
         "p2d_heads.png",
         "p2d_report.json",
+        "p2d_selection.json",
+        "p2d_costs.png",
+        "p2d_data.png",
         "p2d_state.json",
         "tokenizer.json",
         "last-checkpoint/p2d_state.json",
@@ -67,6 +75,14 @@ def test_to_the_hub_and_back(tmp_path):
     }
     assert "last-checkpoint/README.md" not in files  # PEFT's draft, which the Hub may refuse
     assert not any(path.endswith(".tmp") or path.startswith("last-checkpoint/lora") for path in files)
+    # what quotes the data stays here, in all repositories and in all of their commits
+    local = json.loads((tmp_path / "user-adapter" / "_p2d_samples.json").read_text())
+    texts = [sample["text"].encode() for sample in local["best"] + local["worst"]]
+    assert len(texts) == 20 and b"copy" in b"".join(texts)
+    for repo_id in ("user/adapter", "user/all", "user/end"):
+        for commit in hub.repo(repo_id).commits:
+            assert not any("samples" in path for path in commit.files)
+            assert not any(text in content for text in texts for content in commit.files.values())
     (tmp_path / "report.json").write_bytes(files["p2d_report.json"])
     report = P2DReport.load(tmp_path / "report.json")
     assert HeadSet.from_layers(report.heads) == HeadSet.from_dict(json.loads(files["p2d_heads.json"]))

@@ -26,6 +26,7 @@ FULL = P2DReport(
     model="org/name",
     seed=0,
     n_heads=None,
+    layer_heads=None,
     heads=None,
     localize_method=None,
     pool_rows=100,
@@ -35,6 +36,7 @@ FULL = P2DReport(
     scorer=None,
     trainable_parameters=1000,
     total_parameters=1000,
+    arguments={},
 )
 # 100 rows an epoch
 METRICS = {"train_runtime": 40.0, "train_samples_per_second": 5.0, "train_steps_per_second": 0.5, "epoch": 2.0}

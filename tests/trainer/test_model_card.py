@@ -64,7 +64,7 @@ def test_a_run_is_told_as_it_was(tmp_path):
     assert f"{report.trainable_parameters:,} of {report.total_parameters:,} weights" in text
     assert "](p2d_heads.png)" in text and (tmp_path / "run" / "p2d_heads.png").is_file()
     assert f"- transformers {transformers.__version__}" in text
-    assert "eprint       = {arXiv:2605.21558}," in text.split("```bibtex")[1]
+    assert "eprint    = {arXiv:2605.21558}," in text.split("```bibtex")[1]
 
 
 def test_without_a_reference_or_localization_it_says_so(tmp_path):

@@ -7,6 +7,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainingArguments
+from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from p2d_peft import HeadSet, HeadSparseConfig, P2DConfig, P2DTrainer, efficiency
@@ -29,7 +30,7 @@ def config(tmp_path, **changes):
         "head_ratio": 0.25,
         "logging_steps": 1,
         "save_strategy": "no",
-        "activation_checkpointing": False,
+        "gradient_checkpointing": False,
         "reference_steps": 1,
         "disable_tqdm": True,
     }
@@ -389,7 +390,7 @@ def test_gradient_checkpointing_trains_to_the_same_weights(reentrant, tmp_path):
     plain.train()
     kwargs = None if reentrant is None else {"use_reentrant": reentrant}
     checkpointed = trainer(
-        tmp_path / "b", changes={"activation_checkpointing": True, "activation_checkpointing_kwargs": kwargs}
+        tmp_path / "b", changes={"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
     )
     checkpointed.train()
     for name, delta in deltas(plain.model).items():
@@ -421,7 +422,7 @@ def test_the_model_is_what_it_was_after_an_exception_in_a_stage(stage, tmp_path,
     with pytest.raises(RuntimeError, match="boom"):
         run.train()
     assert_unchanged(run.model, before)
-    assert not run.model.is_activation_checkpointing
+    assert not run.model.is_gradient_checkpointing
     monkeypatch.undo()
     run.train()  # and it can be done again
     assert run.report is not None
@@ -479,3 +480,15 @@ def test_a_model_without_supported_heads_is_refused_before_the_pool_is_tokenized
     )
     with pytest.raises(ValueError, match=r"PersimmonForCausalLM"):
         trainer(tmp_path, model=transformers.AutoModelForCausalLM.from_config(config_))
+
+
+@pytest.mark.parametrize("disable_tqdm", [True, False])
+def test_the_stages_show_bars_where_the_training_does(disable_tqdm, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(logging, "_tqdm_active", True)
+    run = trainer(tmp_path, changes={"max_steps": 1, "reference_steps": 0, "disable_tqdm": disable_tqdm})
+    capsys.readouterr()
+    run.train()
+    printed = capsys.readouterr().err
+    for name in ("Localize (proxy)", "Select (affinity)"):
+        assert (name in printed) != disable_tqdm
+    assert logging.is_progress_bar_enabled()

@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 from torch.nn import functional
 
+from ...argument_checks import check_number
 from .policy import Policy, Ranking
 
 
@@ -43,6 +44,7 @@ class Diverse(Policy):
     needs_features: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_number("weight", self.weight, "a number in [0, 1]")
         if not 0 <= self.weight <= 1:
             raise ValueError(f"`weight` must be in [0, 1], got {self.weight}.")
 

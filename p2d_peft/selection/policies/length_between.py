@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from ...argument_checks import check_count
 from .policy import Policy, Ranking
 
 
@@ -28,8 +29,8 @@ class LengthBetween(Policy):
         if self.least is None and self.most is None:
             raise ValueError("`LengthBetween` needs `least` or `most`, or both.")
         for name, value in (("least", self.least), ("most", self.most)):
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+            if value is not None:
+                check_count(name, value)
         if self.least is not None and self.most is not None and self.least > self.most:
             raise ValueError(f"`least` must not exceed `most`, got {self.least} and {self.most}.")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from datasets import Dataset
 
 from ..samples import Samples
 
@@ -57,6 +58,14 @@ class Policy(ABC):
 
     needs_per_target: ClassVar[bool] = False
     needs_features: ClassVar[bool] = False
+
+    def check(self, pool: Dataset) -> None:  # noqa: B027
+        """
+        Look at a pool before its rows are scored, which may take hours; by default there is nothing to look at.
+
+        Raises:
+            `ValueError`: if the policy cannot do with it.
+        """
 
     @abstractmethod
     def __call__(self, rows: Iterable[int], ranking: Ranking) -> Iterator[int]:

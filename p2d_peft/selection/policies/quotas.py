@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from datasets import Dataset
+
+from ...argument_checks import check_number, check_type
 from .policy import Policy, Ranking
 
 
@@ -46,13 +49,19 @@ class Quotas(Policy):
     shares: Mapping[Any, float]
 
     def __post_init__(self) -> None:
+        check_type("shares", self.shares, (Mapping,), "a mapping from values to shares")
         if not self.shares:
             raise ValueError("`shares` must name at least one value, got none.")
         for value, share in self.shares.items():
+            check_number("shares", share, "a mapping from values to shares above 0")
             if not (math.isfinite(share) and share > 0):
                 raise ValueError(f"`shares` must be above 0, got {share} for {value!r}.")
         if self._left < 0:
             raise ValueError(f"`shares` must be at most 1 together, got {math.fsum(self.shares.values())}.")
+
+    def check(self, pool: Dataset) -> None:
+        if self.column not in pool.column_names:
+            raise ValueError(f"`pool` has no column {self.column!r}, only {pool.column_names}.")
 
     @property
     def _left(self) -> float:

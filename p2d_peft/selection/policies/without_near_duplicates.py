@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...argument_checks import check_share
 from .policy import Policy, Ranking
 
 
@@ -48,8 +49,7 @@ class WithoutNearDuplicates(Policy):
     threshold: float = 0.8
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 1:
-            raise ValueError(f"`threshold` must be in (0, 1], got {self.threshold}.")
+        check_share("threshold", self.threshold)
         if importlib.util.find_spec("datasketch") is None:
             raise ImportError("`WithoutNearDuplicates` needs datasketch: pip install 'p2d_peft[dedup]'")
 

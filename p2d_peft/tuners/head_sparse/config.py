@@ -10,8 +10,9 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 
+from ...argument_checks import is_index
 from ...heads.geometry import ROLES, AttentionGeometry, ModelGeometry, Role
-from ...heads.head_set import HeadSet, Layer, is_index, layer_order
+from ...heads.head_set import HeadSet, Layer, layer_order
 from ..peft_type import add_peft_type
 
 

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...files import write_json
+from ...argument_checks import check_count
+from ...files import json_text, replacing
 from ...heads.discovery import base_layer
 from ...heads.geometry import ROWS
 from .config import HEAD_SPARSE, HeadSparseConfig
@@ -92,7 +91,8 @@ def convert_to_lora(
         (out_features, R), in the dtype and on the device of its delta.
 
     Raises:
-        `ValueError`: if there is no such adapter, if it is merged or trains biases, or if `max_rank` is below 1.
+        `ValueError`: if there is no such adapter, if it is merged, trains biases or holds NaN or an infinity, or if
+            `max_rank` is below 1.
         `TypeError`: if the adapter is of another method than HeadSparse.
 
     Example:
@@ -153,12 +153,10 @@ def save_as_lora(
         name: sorted(value) if isinstance(value, set) else value for name, value in lora_config.to_dict().items()
     }
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as unfinished:
-        save_file(state_dict, Path(unfinished, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
-        write_json(Path(unfinished, CONFIG_NAME), fields)
-        for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
-            os.replace(Path(unfinished, name), folder / name)
+    # what is entered last takes its name first
+    with replacing(folder / CONFIG_NAME) as config, replacing(folder / SAFETENSORS_WEIGHTS_NAME) as weights:
+        save_file(state_dict, weights, metadata={"format": "pt"})
+        config.write_text(json_text(fields), encoding="utf-8")
     return report
 
 
@@ -238,8 +236,8 @@ def _convert(peft_model: nn.Module, adapter_name: str, max_rank: int | None) -> 
         raise ValueError(
             f"Adapter '{adapter_name}' trains biases (`bias='{config.bias}'`), which no LoRA holds; merge it."
         )
-    if max_rank is not None and max_rank < 1:
-        raise ValueError(f"`max_rank` must be at least 1, got {max_rank}.")
+    if max_rank is not None:
+        check_count("max_rank", max_rank)
     for name, layer in base.named_modules():
         if not isinstance(layer, HeadSparseLayer) or adapter_name not in layer.head_sparse_slice:
             continue
@@ -253,6 +251,11 @@ def _convert(peft_model: nn.Module, adapter_name: str, max_rank: int | None) -> 
 def _convert_layer(name: str, layer: HeadSparseLayer, adapter_name: str, max_rank: int | None) -> _ModuleLora:
     """The LoRA of one module."""
     left, right = _factors(layer, adapter_name)
+    if not (left.isfinite().all() and right.isfinite().all()):
+        raise ValueError(
+            f"Adapter '{adapter_name}' holds NaN or an infinity in '{name}'; its training went wrong. Take an earlier "
+            "checkpoint."
+        )
     exact, squared_error = left.double() @ right.double(), 0.0
     if max_rank is not None and len(right) > max_rank:
         dtype = left.dtype

@@ -73,6 +73,7 @@ class HeadSparseModel(BaseTuner):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         try:
+            _check_name(adapter_name)
             self._check_injection(self.peft_config[adapter_name], state_dict or {})
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except Exception:
@@ -107,7 +108,17 @@ class HeadSparseModel(BaseTuner):
         for key in state_dict:
             name, is_delta, _ = key.removeprefix("_orig_mod.").rpartition(f".{self.prefix}")
             if is_delta and self._weight_slice(config, name) is None:
-                raise ValueError(f"`state_dict` has a delta for '{name}', which holds none of the config's heads.")
+                raise _homeless(name)
+
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+        # PEFT passes over weights that the model has no place for, and an adapter of another architecture, or one whose
+        # configuration names other heads than it has weights for, would load as if it had learned nothing.
+        modules = dict(self.named_modules())
+        for key in state_dict:
+            name, is_delta, _ = key.removeprefix(prefix).rpartition(f".{self.prefix}")
+            if key.startswith(prefix) and is_delta and not isinstance(modules.get(name), HeadSparseLayer):
+                raise _homeless(name.removeprefix("model."))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _check_rank(self, config: HeadSparseConfig, key: str) -> None:
         """A rank above the slice's own would have more parameters than the slice."""
@@ -240,3 +251,19 @@ class HeadSparseModel(BaseTuner):
             self._check_merge(adapter_names)
         # annotated with None, but it returns the model
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+
+def _homeless(name: str) -> ValueError:
+    return ValueError(
+        f"`state_dict` has a delta for '{name}', which holds none of the config's heads. The adapter belongs to another "
+        "model, or its configuration was changed: load it into the model that it was trained on, with the "
+        "`adapter_config.json` that was saved beside it."
+    )
+
+
+def _check_name(adapter_name: str) -> None:
+    """An adapter is saved in a folder of its name."""
+    if "/" in adapter_name or "\\" in adapter_name or adapter_name in ("", ".", ".."):
+        raise ValueError(
+            f"`adapter_name`={adapter_name!r} is no name for a folder, which it is saved in; leave out '/'."
+        )

@@ -164,7 +164,7 @@ def test_only_safetensors_and_json_come_out_whole_and_the_same_each_time(tmp_pat
 
     randomize(model, std=0.5)
     with monkeypatch.context() as patch:
-        patch.setattr(lora_module, "write_json", fail)
+        patch.setattr(lora_module, "json_text", fail)
         with pytest.raises(OSError, match="disk full"):
             save_as_lora(model, tmp_path / "deep" / "lora")
     assert {path.name: path.read_bytes() for path in (tmp_path / "deep" / "lora").iterdir()} == files
