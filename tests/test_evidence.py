@@ -18,9 +18,9 @@ from .tiny_models import tiny_model, tiny_tokenizer
 
 
 run_evidence = load_benchmark("run_evidence")
-adapt, bigbench, claims, page, problem, profile, summary, tasks = (
+adapt, base, bigbench, choose, claims, page, problem, profile, summary, tasks = (
     load_benchmark(f"evidence.{name}")
-    for name in ("adapt", "bigbench", "claims", "page", "problem", "profile", "summary", "tasks")
+    for name in ("adapt", "base", "bigbench", "choose", "claims", "page", "problem", "profile", "summary", "tasks")
 )
 ROOT = BENCHMARKS.parent
 PROFILES = sorted((BENCHMARKS / "evidence" / "profiles").glob("*.yaml"))
@@ -106,6 +106,11 @@ def results(tmp_path_factory):
 @pytest.fixture
 def with_tiny_tasks(monkeypatch):
     monkeypatch.setattr(run_evidence, "load_tasks", lambda *_: tiny_tasks())
+
+
+def tiny_arguments(folder):
+    training = profile.Training(batch_size=4)
+    return adapt.training_arguments(training, folder, epochs=1, lr=1e-2, seed=0, bf16=False, on_cpu=True)
 
 
 def test_a_profile_in_full(results, with_tiny_tasks, monkeypatch):
@@ -327,6 +332,27 @@ def test_our_profiles_are_valid(path, capsys):
         assert (config is None) == (cell.parameters.adapter == "full")
 
 
+def test_rows_may_be_scored_by_the_lower_half_of_the_heads(tmp_path):
+    model = tiny_model(num_hidden_layers=4)
+    chooser = choose.Chooser(
+        tmp_path, lambda: model, tiny_tokenizer(), tiny_arguments(tmp_path), nullcontext, batch_size=8
+    )
+    made = problem.split(tiny_tasks(), a_cell("mixed"), ["copy"], sizes(), 0)
+    passed = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda *_: passed.append(1))
+    for data, depth in (("affinity:all", 4), ("affinity:all/lower", 2)):
+        before = len(passed)
+        rows, _ = chooser.rows(made, a_cell("mixed", data=data), 0)
+        # the deepest layer's pass ends in its attention
+        assert len(rows) == 4 and (len(passed) - before) % (depth - 1) == 0 < len(passed) - before
+        assert str(profile.Data.read(data)) == data
+    assert {path.stem for path in (tmp_path / "rows").iterdir()} == {
+        "mixed-copy-affinity.all-seed0",
+        "mixed-copy-affinity.all_lower-seed0",
+    }
+
+
 def test_the_small_profile_is_part_of_the_full_one():
     small, full = (profile.Profile.read(PROFILES[0].with_name(f"{name}.yaml")) for name in ("small", "full"))
     assert (small.model, small.problem, small.training) == (full.model, full.problem, full.training)
@@ -339,6 +365,7 @@ def test_the_small_profile_is_part_of_the_full_one():
     [
         ({"arms": [{**a_profile()["arms"][0], "data": ["affinity"]}]}, "write SCORER:HEADS"),
         ({"arms": [{**a_profile()["arms"][0], "data": ["bm25:proxy"]}]}, "write SCORER:HEADS"),
+        ({"arms": [{**a_profile()["arms"][0], "data": ["affinity:proxy/upper"]}]}, "write SCORER:HEADS"),
         ({"arms": [{**a_profile()["arms"][0], "data": ["best"]}]}, "'best' is neither 'full' nor"),
         ({"arms": [{**a_profile()["arms"][0], "parameters": ["heads:best"]}]}, "write heads:METHOD"),
         ({"arms": [{**a_profile()["arms"][0], "parameters": ["heads:gate/nowhere"]}]}, "write heads:METHOD"),
@@ -362,9 +389,7 @@ def test_what_a_profile_cannot_say(tmp_path, changes, message):
 
 def test_the_trainers_loss_is_that_of_sft_trainer(tmp_path):
     data = problem.as_dataset(rows(8))
-    arguments = adapt.training_arguments(
-        profile.Training(batch_size=4), tmp_path, epochs=1, lr=1e-2, seed=0, bf16=False, on_cpu=True
-    )
+    arguments = tiny_arguments(tmp_path)
     trained = []
     for kind in (SFTTrainer, adapt.AnswerTrainer):
         model = tiny_model()
@@ -407,10 +432,7 @@ def test_tasks_of_datasets(tmp_path, monkeypatch):
 
 
 def test_options():
-    base = load_benchmark("evidence.base")
-    arguments = adapt.training_arguments(
-        profile.Training(), Path("unused"), epochs=1, lr=1e-3, seed=0, bf16=False, on_cpu=True
-    )
+    arguments = tiny_arguments(Path("unused"))
 
     class Knows(torch.nn.Module):
         """Thinks that after any token comes a `7`."""

@@ -108,13 +108,18 @@ class Chooser:
         data = cell.data
         if data.scorer == "full":
             return list(range(len(problem.pool))), Seconds()
-        name = f"{cell.setting}-{cell.target}-{data.scorer}{f'.{data.heads}' if data.heads else ''}-seed{seed}.json"
-        path = self.folder / ROWS / name
+        # scores are the same for all ratios
+        scored_by = str(dataclasses.replace(data, ratio=0.1)).replace(":", ".").replace("/", "_")
+        path = self.folder / ROWS / f"{cell.setting}-{cell.target}-{scored_by}-seed{seed}.json"
+        model = self.load()
         heads, localized = None, Seconds()
         if data.heads:
             heads, localized = self.heads(problem, cell, Parameters("heads", data.heads), seed)
+            if data.lower:
+                n_layers = ModelGeometry.of(model).shape[0]
+                heads = HeadSet(head for head in heads if 2 * head.layer < n_layers)
         selector = P2DDataSelector(
-            self.load(),
+            model,
             self.tokenizer,
             heads=heads,
             target=as_dataset(problem.target) if problem.target else None,

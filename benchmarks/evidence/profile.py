@@ -34,29 +34,37 @@ class Data:
         scorer (`str`): `"full"`, or what chooses them.
         heads (`str`, *optional*): By which heads it does, for scorers that look at heads.
         ratio (`float`): The share of the pool that is kept.
+        lower (`bool`): Whether only those of the heads count that lie in the lower half of the layers, so that
+            `affinity` runs no more than that half of the model.
     """
 
     scorer: str
     heads: str | None
     ratio: float
+    lower: bool = False
 
     @classmethod
     def read(cls, text: str) -> Data:
-        """From `full`, `SCORER` or `SCORER:HEADS`, with `@RATIO` where it is not a tenth."""
+        """From `full`, `SCORER` or `SCORER:HEADS[/lower]`, with `@RATIO` where it is not a tenth."""
         name, ratio = _ratio(text)
-        scorer, _, heads = name.partition(":")
+        scorer, _, rest = name.partition(":")
+        heads, _, part = rest.partition("/")
         if scorer == "full":
             return cls("full", None, 1.0)
         if scorer not in get_args(ScorerName):
             raise ValueError(f"data '{text}': '{scorer}' is neither 'full' nor one of {list(get_args(ScorerName))}.")
-        if needs_heads(scorer) != bool(heads) or (heads and heads not in METHODS):  # type: ignore[arg-type]
-            raise ValueError(f"data '{text}': write SCORER:HEADS for scorers with heads, one of {list(METHODS)}.")
-        return cls(scorer, heads or None, ratio)
+        known = (not heads or heads in METHODS) and part in ("", "lower")
+        if needs_heads(scorer) != bool(heads) or not known:  # type: ignore[arg-type]
+            raise ValueError(
+                f"data '{text}': write SCORER:HEADS[/lower] for scorers with heads, with HEADS of {list(METHODS)}."
+            )
+        return cls(scorer, heads or None, ratio, lower=part == "lower")
 
     def __str__(self) -> str:
         if self.scorer == "full":
             return "full"
-        return f"{self.scorer}{f':{self.heads}' if self.heads else ''}{_suffix(self.ratio)}"
+        heads = f":{self.heads}{'/lower' if self.lower else ''}" if self.heads else ""
+        return f"{self.scorer}{heads}{_suffix(self.ratio)}"
 
 
 @dataclass(frozen=True)
