@@ -204,7 +204,7 @@ def evidence_of(sides):
             key = ("mixed", target, data, parameters, 3)
             lines[key] = summary.Line(*key, 1e-3, {0: arm, 1: arm}, {0: test, 1: test})
     base = {target: {"passages_nll": 1.0} for target in ("a", "b")}
-    return summary.Evidence({}, base, lines, 0, [])
+    return summary.Evidence({}, base, lines, [], 0, [])
 
 
 SIDES = {
@@ -244,6 +244,8 @@ def test_the_report(results, tmp_path):
     readme.write_text(f"before\n{page.README_START}\nold\n{page.README_END}\nafter\n")
     run_evidence.report(folder, tmp_path / "docs", readme)
     text = (tmp_path / "docs" / "results.md").read_text()
+    n_tried = 2 * 2 + 2 + 2 + 2  # rates of heads, LoRA's one, one more cell's two, and the reference for two targets
+    assert text.partition("learning rates that were tried")[2].count("| mixed |") == n_tried
     assert "Heads matter" in text and "## One task in a mixed pool" in text
     for picture in ("aer.svg", "stages.svg", "heads.svg"):
         assert f"results/{picture}" in text

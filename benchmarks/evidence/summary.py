@@ -67,6 +67,7 @@ class Evidence:
         settings (`dict`): What is the same for all arms.
         base (`dict[str, dict]`): The untrained model's results, by target.
         lines (`dict[Key, Line]`): By setting, target, data, parameters and epochs.
+        tried (`list[dict]`): The arms that were validated, one for each learning rate of a cell.
         arms (`int`): How many arms there are.
         provenance (`list[dict]`): The machines, versions and commands of the arms, each once.
     """
@@ -74,6 +75,7 @@ class Evidence:
     settings: Result
     base: dict[str, Result]
     lines: dict[Key, Line]
+    tried: list[Result]
     arms: int
     provenance: list[Result]
 
@@ -89,9 +91,15 @@ class Evidence:
             return None
         return line.seconds("localize", "select", "train") / reference.seconds("train")
 
+    @property
+    def base_passages_nll(self) -> float:
+        """The NLL of unrelated texts before any training, in nats a token."""
+        nll: float = next(iter(self.base.values()))["passages_nll"]
+        return nll
+
     def forgotten(self, line: Line) -> float:
         """By how much the NLL of unrelated texts is higher than the untrained model's, in nats a token."""
-        return line.mean_of_arm("passages_nll") - self.base[line.target]["passages_nll"]
+        return line.mean_of_arm("passages_nll") - self.base_passages_nll
 
 
 def read_evidence(folder: Path) -> Evidence:
@@ -118,7 +126,8 @@ def read_evidence(folder: Path) -> Evidence:
         where = {name: result[name] for name in ("machine", "versions", "threads")}
         if where not in provenance:
             provenance.append(where)
-    return Evidence(read_json(folder / SETTINGS), base, lines, len(results), provenance)
+    tried = [result for result in results if result["validation"]]
+    return Evidence(read_json(folder / SETTINGS), base, lines, tried, len(results), provenance)
 
 
 def _best_rate(arms: list[Result]) -> float | None:
