@@ -127,7 +127,7 @@ def test_what_a_trainer_takes_is_passed_on(recipe, folder, given, tmp_path):
         ("train", {"resume_from_checkpoint": "checkpoint-1"}),
         ("save_model", {}),
         ("push_to_hub", {"dataset_name": f"{tmp_path}/data"}),
-        ("end", {}),
+        ("end_training", {}),
     ]
 
 
