@@ -14,7 +14,7 @@ MODELS = {"llama": tiny_model, "gpt-neox": LAYOUTS["gpt-neox"].model}
 @pytest.mark.parametrize(("name", "embeddings"), [("llama", "embed_tokens"), ("gpt-neox", "embed_in")])
 def test_the_model_says_what_its_embeddings_are_called(name, embeddings):
     config, model = HeadSparseConfig(trainable_token_indices=[3]), MODELS[name]()
-    # gpt-neox's is called so from transformers 5.18 on at the latest
+    # transformers renamed gpt-neox's within its version 5
     head = "lm_head" if hasattr(model, "lm_head") else "embed_out"
     learn_tokens(config, [7, 8], model)
     assert config.trainable_token_indices == {embeddings: [3, 7, 8]} and config.modules_to_save == [head]
