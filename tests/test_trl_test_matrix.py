@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl
 from datasets import IterableDataset, load_dataset
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.data_utils import is_conversational
@@ -19,6 +21,9 @@ from .tiny_models import tiny_model
 
 
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))  # no package: scripts are run by their path
+pytestmark = pytest.mark.skipif(
+    Version(trl.__version__) < Version("1.16"), reason="the stand-ins are made for the tests of TRL 1.16"
+)
 matrix = importlib.import_module("trl_test_matrix")
 models = importlib.import_module("trl_stand_in_models")
 pools = importlib.import_module("trl_stand_in_datasets")

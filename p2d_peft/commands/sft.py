@@ -122,7 +122,7 @@ def main(
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"pushed to https://huggingface.co/{trainer.hub_model_id}")
-    trainer.end()
+    trainer.accelerator.end_training()
 
 
 def _training_data(

@@ -136,7 +136,7 @@ def test_what_a_trainer_takes_is_passed_on(recipe, folder, given, tmp_path):
         ("save_model", {}),
         ("log_metrics", {}),
         ("push_to_hub", {"dataset_name": f"{tmp_path}/data"}),
-        ("end", {}),
+        ("end_training", {}),
     ]
 
 
