@@ -10,6 +10,8 @@ python scripts/trl_test_matrix.py --tests trl/tests --json trl_test_matrix.json
 python scripts/trl_test_matrix.py --tests trl/tests --trainers P2DTrainer -k "packing"
 ```
 
+Whatever `conftest.py` lies in that folder is run: take it from a checkout of the real repository, and look at it first.
+
 They run twice: with `SFTTrainer`, which shows that the tests can pass here, and with `P2DTrainer`. Only the class is
 exchanged; arguments stay `SFTConfig`, so that P2D has its defaults. Models and datasets of the Hub are replaced by stand-ins,
 see `trl_stand_in_models.py` and `trl_stand_in_datasets.py`. docs/drop-in.md explains what is adapted and what is left out.
