@@ -10,6 +10,7 @@ from p2d_peft.heads import HeadScores
 
 from .choose import HEADS
 from .claims import EPOCHS, P2D
+from .profile import split_ratio
 from .summary import REFERENCE, Evidence
 
 
@@ -98,7 +99,7 @@ def _ratios(evidence: Evidence) -> Figure | None:
     for line in evidence.lines.values():
         if line.setting != "mixed" or line.epochs != EPOCHS:
             continue
-        (data, data_ratio), (parameters, head_ratio) = _at(line.data), _at(line.parameters)
+        (data, data_ratio), (parameters, head_ratio) = split_ratio(line.data), split_ratio(line.parameters)
         if (data, parameters) != P2D:
             continue
         value = 100 * line.mean("exact_match")
@@ -118,11 +119,6 @@ def _ratios(evidence: Evidence) -> Figure | None:
         axes.set(xlabel=f"{what}, %", ylabel="exact match, %")
         axes.legend(fontsize=7)
     return figure
-
-
-def _at(text: str) -> tuple[str, float]:
-    name, _, ratio = text.partition("@")
-    return name, float(ratio or 0.1)
 
 
 def _heads(evidence: Evidence, results: Path) -> Figure | None:

@@ -46,7 +46,7 @@ class Data:
     @classmethod
     def read(cls, text: str) -> Data:
         """From `full`, `SCORER` or `SCORER:HEADS[/lower]`, with `@RATIO` where it is not a tenth."""
-        name, ratio = _ratio(text)
+        name, ratio = split_ratio(text)
         scorer, _, rest = name.partition(":")
         heads, _, part = rest.partition("/")
         if scorer == "full":
@@ -87,7 +87,7 @@ class Parameters:
     @classmethod
     def read(cls, text: str) -> Parameters:
         """From `full`, `lora-attention`, ..., or `heads:METHOD[/CHOICE][@RATIO]`."""
-        name, ratio = _ratio(text)
+        name, ratio = split_ratio(text)
         adapter, _, rest = name.partition(":")
         method, _, choice = rest.partition("/")
         if adapter not in ADAPTERS:
@@ -110,7 +110,8 @@ class Parameters:
         return f"heads:{self.method}{choice}{_suffix(self.ratio)}"
 
 
-def _ratio(text: str) -> tuple[str, float]:
+def split_ratio(text: str) -> tuple[str, float]:
+    """What stands before `@RATIO`, and the ratio, which is a tenth where there is none."""
     name, at, ratio = text.partition("@")
     try:
         value = float(ratio) if at else 0.1

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..model_checks import check_module
 from .attention_geometry import COLUMNS, ROLES, ROWS, AttentionGeometry, Role, Units
 from .discovery import HOW_TO_DESCRIBE, base_layer, find_attentions
 from .head_set import Head, HeadSet, Layer
@@ -46,8 +47,7 @@ class ModelGeometry(Mapping[Layer, AttentionGeometry]):
                 message names the module, what was found there and how to describe it.
             `TypeError`: if it is no model.
         """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"`model` must be a model (`torch.nn.Module`), got {type(model).__name__}.")
+        check_module(model)
         attentions = find_attentions(model)
         if not attentions:
             raise ValueError(

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.utils.logging import tqdm
 
 from ..argument_checks import check_choice, is_index
-from ..model_checks import check_module, check_runnable, check_vocabulary
+from ..model_checks import check_runnable, check_vocabulary
 from ..model_state import autocast_without_cache, model_id, preserved_state
 from ..printable import shown
 from .ablation import ablation_scores
@@ -144,7 +144,6 @@ def localize_heads(
     else:
         # an object that is called, as a partial is, may have no name but its class's
         name, localizer = getattr(method, "__name__", type(method).__name__), method
-    check_module(model)
     if not is_index(seed):
         raise TypeError(f"`seed` must be an integer, got {seed!r}.")
     geometry = ModelGeometry.of(model)

@@ -101,7 +101,7 @@ class HistogramChart:
 
 def stacked_histogram(histogram: Histogram, cut: float) -> HistogramChart:
     """Counts: what was left out on top of what was kept."""
-    totals = [a + b for a, b in zip(histogram.kept, histogram.left_out, strict=True)]
+    totals = histogram.totals
     x, y = _histogram_axes(histogram, max(totals))
     kept = [_bar(x, y, *bin_, 0, count) for bin_, count in zip(_bins(histogram), histogram.kept, strict=True)]
     left_out = [
@@ -124,8 +124,7 @@ def compared_histogram(histogram: Histogram, unit: Callable[[float, float], str]
         histogram (`Histogram`): The counts.
         unit (`Callable[[float, float], str]`): What to call a bin, by its edges.
     """
-    totals = [a + b for a, b in zip(histogram.kept, histogram.left_out, strict=True)]
-    before, after = ([100 * count / max(sum(counts), 1) for count in counts] for counts in (totals, histogram.kept))
+    before, after = histogram.percentages()
     x, y = _histogram_axes(histogram, max(before + after))
     bins = _bins(histogram)
     narrow = [(low + 0.25 * (high - low), high - 0.25 * (high - low)) for low, high in bins]

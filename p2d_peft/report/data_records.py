@@ -46,6 +46,18 @@ class Histogram:
         if min(self.kept + self.left_out) < 0:
             raise ValueError("a histogram's counts must be at least 0.")
 
+    @property
+    def totals(self) -> list[int]:
+        """Of all rows, how many are in each bin."""
+        return [kept + left_out for kept, left_out in zip(self.kept, self.left_out, strict=True)]
+
+    def percentages(self) -> tuple[list[float], list[float]]:
+        """The bins in percent: of all rows, and of the kept ones, each of its own total."""
+        before, after = (
+            [100 * count / max(sum(counts), 1) for count in counts] for counts in (self.totals, self.kept)
+        )
+        return before, after
+
 
 @dataclass(frozen=True)
 class SelectionRecord(Record):

@@ -99,15 +99,13 @@ def _draw_data(figure: Figure, selection: SelectionRecord) -> None:
     scores, lengths = figure.subplots(1, 2)
     histogram = selection.scores
     scores.stairs(histogram.kept, histogram.edges, fill=True, color=_KEPT, label="kept")
-    totals = [a + b for a, b in zip(histogram.kept, histogram.left_out, strict=True)]
-    scores.stairs(totals, histogram.edges, baseline=histogram.kept, fill=True, color=_REST, label="left out")
+    scores.stairs(histogram.totals, histogram.edges, baseline=histogram.kept, fill=True, color=_REST, label="left out")
     scores.axvline(selection.cut, color=_CUT, linestyle="--", linewidth=1.2, label="cut")
     scores.set(xlabel="score", ylabel="rows")
     histogram = selection.lengths
-    totals = [a + b for a, b in zip(histogram.kept, histogram.left_out, strict=True)]
-    shares = [[100 * count / max(sum(counts), 1) for count in counts] for counts in (totals, histogram.kept)]
-    lengths.stairs(shares[0], histogram.edges, fill=True, color=_REST, label="before")
-    lengths.stairs(shares[1], histogram.edges, color=_KEPT, linewidth=1.6, label="after")
+    before, after = histogram.percentages()
+    lengths.stairs(before, histogram.edges, fill=True, color=_REST, label="before")
+    lengths.stairs(after, histogram.edges, color=_KEPT, linewidth=1.6, label="after")
     lengths.set(xlabel="tokens of a row", ylabel="% of the rows")
     for axes in (scores, lengths):
         axes.legend(frameon=False, fontsize="small")

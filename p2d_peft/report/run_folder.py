@@ -107,7 +107,7 @@ def _scores(path: Path, report: P2DReport, heads: HeadSet) -> HeadScores | None:
         return None
     try:
         scores = HeadScores.load(path)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"'{path}' is damaged or no table of head scores: {error}") from error
     rows = {str(layer): row for layer, row in zip(scores.layers, (~scores.values.isnan()).tolist(), strict=True)}
     if not all(head < len(row := rows.get(str(layer), [])) and row[head] for layer, head in heads):
