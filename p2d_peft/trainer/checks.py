@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.training_args import OptimizerNames
 
 from ..heads import HeadSet, ModelGeometry
@@ -46,6 +46,10 @@ def geometry_of_saved(
         `ValueError`: as [`ModelGeometry.of`] does.
     """
     config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    return _geometry_of_configured(config, trust_remote_code)
+
+
+def _geometry_of_configured(config: PretrainedConfig, trust_remote_code: bool) -> ModelGeometry | None:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not trust_remote_code:
         return None
     with init_empty_weights():
@@ -71,10 +75,10 @@ def check_attention(model: str, args: P2DConfig, heads: HeadSet | None = None) -
     """
     kwargs = args.model_init_kwargs or {}
     trust = bool(kwargs.get("trust_remote_code", args.trust_remote_code))
-    geometry = geometry_of_saved(model, kwargs.get("revision"), trust)
+    config = AutoConfig.from_pretrained(model, revision=kwargs.get("revision"), trust_remote_code=trust)
+    geometry = _geometry_of_configured(config, trust)
     if geometry is not None and heads is not None:
         geometry.check(heads)
-    config = AutoConfig.from_pretrained(model, revision=kwargs.get("revision"), trust_remote_code=trust)
     return kwargs.get("quantization_config") is not None or hasattr(config, "quantization_config")
 
 

@@ -125,14 +125,15 @@ def samples_record(selector: P2DDataSelector, pool: Dataset, tokenizer: Any, cou
 
     def sample(row: int) -> Sample:
         # A token has a character, as a rule; there is no need to decode a book.
-        text = tokenizer.decode(pool[row]["input_ids"][:LONGEST_TEXT])
+        input_ids = pool[row]["input_ids"]
+        text = tokenizer.decode(input_ids[:LONGEST_TEXT])
         return Sample(
             row=row,
             score=float(scores[row]),
             kept=bool(kept[row]),
             n_tokens=int(n_tokens[row]),
             text=text[:LONGEST_TEXT],
-            shortened=len(text) > LONGEST_TEXT or len(pool[row]["input_ids"]) > LONGEST_TEXT,
+            shortened=len(text) > LONGEST_TEXT or len(input_ids) > LONGEST_TEXT,
         )
 
     quotas = [policy.column for policy in selector.policies if isinstance(policy, Quotas)]
@@ -164,7 +165,8 @@ def _groups(column: Dataset, kept: torch.Tensor, is_quota: bool) -> list[Group] 
     for batch in column.iter(batch_size=10_000):
         values = batch[name]
         in_pool.update(values)
-        in_kept.update(value for value, is_kept in zip(values, kept[first:].tolist(), strict=False) if is_kept)
+        of_batch = kept[first : first + len(values)].tolist()
+        in_kept.update(value for value, is_kept in zip(values, of_batch, strict=True) if is_kept)
         first += len(values)
         if not is_quota and len(in_pool) > MOST_VALUES:
             return None
