@@ -57,7 +57,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedul
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from p2d_peft import HeadScores, HeadSet, HeadSparseConfig, localize_heads
+from p2d_peft import HeadScores, HeadSet, HeadSparseConfig, P2DConfig, localize_heads
 from p2d_peft.files import read_json, write_json
 from p2d_peft.heads.geometry import ROLES, ModelGeometry, base_layer
 from p2d_peft.heads.localize import LocalizeMethod
@@ -78,23 +78,11 @@ MAX_GRADIENT_NORM = 1.0
 FIXED = ("samples", "rows", "epochs", "test_rows", "batch_size")
 
 
-def _count(scores: HeadScores, ratio: float) -> int:
-    return len(scores.top(ratio))
-
-
-def _late(scores: HeadScores, ratio: float) -> HeadSet:
-    """As many heads as `top(ratio)`, all from the top third of the layers."""
-    values = scores.values.clone()
-    values[: len(values) - max(1, len(values) // 3)] = torch.nan
-    late = dataclasses.replace(scores, values=values, n_kv_heads=())
-    return late.top(_count(scores, ratio) / late.n_heads)
-
-
 CHOICES: dict[str, Callable[[HeadScores, float], HeadSet]] = {
     "global": lambda scores, ratio: scores.top(ratio),
     "spread": lambda scores, ratio: scores.top(ratio, per_layer="even"),
     "groups": lambda scores, ratio: scores.top(ratio, per_group=1),
-    "late": _late,
+    "last": lambda scores, ratio: scores.top(ratio, per_layer="even", last_layers=P2DConfig.train_last_layers),
 }
 
 

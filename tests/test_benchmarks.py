@@ -274,7 +274,7 @@ def test_localize_choices_take_as_many_heads_from_where_they_say():
     for ratio, n in ((0.01, 1), (0.1, 4), (0.3, 11)):
         sets = {name: choose(scores, ratio) for name, choose in localize.CHOICES.items()}
         assert {len(heads) for heads in sets.values()} == {n}
-        assert min(sets["late"].layers) >= 6
+        assert min(sets["last"].layers) >= 6
         assert max(map(len, sets["spread"].by_layer().values())) == -(-n // 9)
 
 

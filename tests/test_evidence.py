@@ -18,9 +18,21 @@ from .tiny_models import tiny_model, tiny_tokenizer
 
 
 run_evidence = load_benchmark("run_evidence")
-adapt, base, bigbench, choose, claims, page, problem, profile, summary, tasks = (
+adapt, base, bigbench, choose, claims, page, problem, profile, schedule, summary, tasks = (
     load_benchmark(f"evidence.{name}")
-    for name in ("adapt", "base", "bigbench", "choose", "claims", "page", "problem", "profile", "summary", "tasks")
+    for name in (
+        "adapt",
+        "base",
+        "bigbench",
+        "choose",
+        "claims",
+        "page",
+        "problem",
+        "profile",
+        "schedule",
+        "summary",
+        "tasks",
+    )
 )
 ROOT = BENCHMARKS.parent
 PROFILES = sorted((BENCHMARKS / "evidence" / "profiles").glob("*.yaml"))
@@ -58,15 +70,15 @@ def a_profile(**changes):
             {
                 "settings": ["mixed"],
                 "targets": ["copy", "count"],
-                "data": ["affinity:proxy"],
-                "parameters": ["heads:proxy", "lora-attention"],
+                "data": ["affinity:proxy/first/robin"],
+                "parameters": ["heads:proxy/last", "lora-attention"],
                 "epochs": [3],
             },
             {
                 "settings": ["mixed"],
                 "targets": ["copy"],
-                "data": ["affinity:random"],
-                "parameters": ["heads:proxy"],
+                "data": ["affinity:random/first/robin"],
+                "parameters": ["heads:proxy/last"],
                 "epochs": [3],
                 "seeds": [0],
             },
@@ -99,7 +111,7 @@ def results(tmp_path_factory):
     arguments = ["run", str(path), "--model", str(folder / "tiny"), "--output", str(folder / "results")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_evidence, "load_tasks", lambda *_: tiny_tasks())
-        run_evidence.main(arguments)
+        run_evidence.main([*arguments, "--jobs", "2"])
     return folder / "results", arguments
 
 
@@ -128,9 +140,7 @@ def test_a_profile_in_full(results, with_tiny_tasks, monkeypatch):
             assert len(test["right"]) == 10 and test["right"].count("1") == 10 * test["exact_match"]
             assert ("options_accuracy" in test) == (target == "count")
     # the second seed has the rate that was best on the validation rows
-    of_cell = [
-        r for r in read if (r["target"], r["parameters"]) == ("copy", "heads:proxy") and r["data"] == "affinity:proxy"
-    ]
+    of_cell = [r for r in read if (r["target"], r["data"], r["parameters"]) == ("copy", *claims.P2D)]
     first = {r["lr"]: r["validation"]["copy"]["nll"] for r in of_cell if r["seed"] == 0}
     assert [r["lr"] for r in of_cell if r["seed"] == 1] == [min(first, key=first.get)]
 
@@ -143,7 +153,7 @@ def test_a_profile_in_full(results, with_tiny_tasks, monkeypatch):
 def test_an_arm_is_the_same_when_it_is_run_again_alone(results, with_tiny_tasks, tmp_path):
     folder, arguments = results
     shutil.copytree(folder, tmp_path / "results")
-    name = "mixed-copy-affinity.random-heads.proxy-epochs3-lr0.3-seed0.json"
+    name = "mixed-copy-affinity.random_first_robin-heads.proxy_last-epochs3-lr0.3-seed0.json"
     for path in [tmp_path / "results" / "arms" / name, *(tmp_path / "results" / "rows").iterdir()]:
         path.unlink()
     run_evidence.main([*arguments[:-1], str(tmp_path / "results")])
@@ -160,13 +170,18 @@ def test_other_sizes_go_into_another_folder(results, with_tiny_tasks, tmp_path):
         run_evidence.main([arguments[0], str(path), *arguments[2:]])
 
 
-def test_parts_are_all(tmp_path):
+def test_the_stages_that_arms_share_come_first_and_once(tmp_path):
     read = profile.Profile.read(write_profile(tmp_path))
-    whole = list(profile.planned(read, lambda cell: 1e-4))
-    halves = [list(profile.planned(read, lambda cell: 1e-4, (i, 2))) for i in range(2)]
-    assert sorted(arm.file for half in halves for arm in half) == sorted(arm.file for arm in whole)
-    assert len({arm.file for arm in whole}) == len(whole)
-    assert not {arm.cell for arm in halves[0]} & {arm.cell for arm in halves[1]}
+    before, rows_chosen = schedule.shared_stages(read)
+    done = [(piece.method, *map(str, piece.arguments)) for piece in (*before, *rows_chosen)]
+    assert len(set(done)) == len(done)
+    assert [piece.method for piece in before].count("localize") == 2 * 2 + 1  # two targets and seeds, and random heads
+    assert [piece.method for piece in rows_chosen] == ["select"] * (2 * 2 + 1)
+    first = profile.first_arms(read)
+    assert first[0].cell.data.scorer == "full" and all(arm.seed == 0 for arm in first)  # the longest comes first
+    further = profile.further_arms(read, lambda cell: 1e-4)
+    assert len({arm.file for arm in (*first, *further)}) == len(first) + len(further) == 13
+    assert all(arm.seed == 1 for arm in further)
 
 
 def test_the_summary(results):
@@ -174,12 +189,17 @@ def test_the_summary(results):
     evidence = summary.read_evidence(folder)
     reference = evidence.lines["mixed", "copy", "full", "full", 3]
     assert evidence.aer(reference) == 1.0  # nothing is chosen, and it is its own measure
-    ours = evidence.lines["mixed", "copy", "affinity:proxy", "heads:proxy", 3]
+    ours = evidence.lines[("mixed", "copy", *claims.P2D, 3)]
     charged = ours.seconds("localize") + ours.seconds("select") + ours.seconds("train")
     assert evidence.aer(ours) == pytest.approx(charged / reference.seconds("train"))
-    assert ours.seconds("localize") == 0  # charged with the rows that were chosen by the same heads
-    other = evidence.lines["mixed", "copy", "affinity:random", "heads:proxy", 3]
-    assert other.seconds("localize") > 0
+    other = evidence.lines["mixed", "copy", "affinity:random/first/robin", "heads:proxy/last", 3]
+    # heads by one method are found once, whatever they do
+    of_proxy, of_random = (
+        json.loads((folder / "heads" / f"copy-{method}-seed0.json").read_text())["seconds"]["cpu"]
+        for method in ("proxy", "random")
+    )
+    assert ours.results[0]["seconds"]["localize"]["cpu"] == of_proxy
+    assert other.results[0]["seconds"]["localize"]["cpu"] == of_proxy + of_random
 
     compared = summary.compare(evidence, claims.P2D, claims.LORA)
     lora = [evidence.lines[("mixed", target, *claims.LORA, 3)] for target in ("copy", "count")]
@@ -188,7 +208,7 @@ def test_the_summary(results):
     assert compared.pairs == 4
     assert compared.exact_match["mean"] == pytest.approx(mean)
     assert compared.exact_match["low"] <= mean <= compared.exact_match["high"]
-    assert summary.compare(evidence, claims.P2D, ("bm25", "heads:proxy")) is None
+    assert summary.compare(evidence, claims.P2D, ("bm25", "heads:proxy/last")) is None
 
 
 def evidence_of(sides):
@@ -208,12 +228,12 @@ def evidence_of(sides):
 
 
 SIDES = {
-    ("affinity:proxy", "heads:proxy"): (30, 8.0, 1.0),
-    ("affinity:proxy", "heads:random"): (20, 8.0, 1.5),
-    ("affinity:proxy", "lora-attention"): (28, 9.0, 1.2),
-    ("random", "heads:proxy"): (15, 8.0, 2.0),
-    ("affinity:random", "heads:proxy"): (30, 8.0, 1.0),
-    ("affinity:all", "heads:proxy"): (25, 8.0, 1.0),
+    claims.P2D: (30, 8.0, 1.0),
+    (claims.P2D[0], "heads:random/last"): (20, 8.0, 1.5),
+    claims.LORA: (28, 9.0, 1.2),
+    ("random", "heads:proxy/last"): (15, 8.0, 2.0),
+    ("affinity:random/first/robin", "heads:proxy/last"): (30, 8.0, 1.0),
+    ("affinity:all/first/robin", "heads:proxy/last"): (25, 8.0, 1.0),
     ("full", "full"): (30, 100.0, 1.0),
 }
 
@@ -227,11 +247,11 @@ def test_claims():
     assert whole.verdict == claims.HELD and "AER 0.080" in whole.figures[1]
     assert forgetting.verdict == claims.HELD
 
-    worse = {**SIDES, ("full", "full"): (35, 100.0, 1.0), ("random", "heads:proxy"): (29, 8.0, 1.0)}
-    worse["affinity:proxy", "lora-attention"] = (28, 9.0, 0.9)
+    worse = {**SIDES, ("full", "full"): (35, 100.0, 1.0), ("random", "heads:proxy/last"): (29, 8.0, 1.0)}
+    worse[claims.LORA] = (28, 9.0, 0.9)
     verdicts = [claim.verdict for claim in claims.judge(evidence_of(worse))]
     assert verdicts[1:] == [claims.NOT_HELD, claims.NOT_HELD, claims.NOT_HELD, claims.NOT_HELD]
-    expensive = {**SIDES, ("affinity:proxy", "heads:proxy"): (30, 11.0, 1.0)}
+    expensive = {**SIDES, claims.P2D: (30, 11.0, 1.0)}
     assert claims.judge(evidence_of(expensive))[3].verdict == claims.NOT_HELD
     nothing = claims.judge(evidence_of({}))
     assert {claim.verdict for claim in nothing} == {claims.UNDECIDED}
@@ -252,7 +272,7 @@ def test_the_report(results, tmp_path):
         assert (tmp_path / "docs" / "results" / picture).read_text().startswith("<?xml")
     made = readme.read_text()
     assert made.startswith("before\n") and made.endswith("after\n") and "old" not in made
-    assert "`affinity:proxy` | `heads:proxy`" in made
+    assert f"`{claims.P2D[0]}` | `{claims.P2D[1]}`" in made
 
     once = {path: path.read_bytes() for path in (tmp_path / "docs").rglob("*.*")}
     run_evidence.report(folder, tmp_path / "docs", readme)
@@ -334,24 +354,26 @@ def test_our_profiles_are_valid(path, capsys):
         assert (config is None) == (cell.parameters.adapter == "full")
 
 
-def test_rows_may_be_scored_by_the_lower_half_of_the_heads(tmp_path):
+def test_rows_may_be_scored_by_heads_of_the_first_layers(tmp_path):
     model = tiny_model(num_hidden_layers=4)
     chooser = choose.Chooser(
         tmp_path, lambda: model, tiny_tokenizer(), tiny_arguments(tmp_path), nullcontext, batch_size=8
     )
     made = problem.split(tiny_tasks(), a_cell("mixed"), ["copy"], sizes(), 0)
     passed = []
-    for layer in model.model.layers:
-        layer.register_forward_hook(lambda *_: passed.append(1))
-    for data, depth in (("affinity:all", 4), ("affinity:all/lower", 2)):
-        before = len(passed)
-        rows, _ = chooser.rows(made, a_cell("mixed", data=data), 0)
-        # the deepest layer's pass ends in its attention
-        assert len(rows) == 4 and (len(passed) - before) % (depth - 1) == 0 < len(passed) - before
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.register_forward_hook(lambda *_, index=index: passed.append(index))
+    chosen = {}
+    for data, deepest in (("affinity:all", 3), ("affinity:all/first", 0), ("affinity:all/first/robin", 0)):
+        passed.clear()
+        chosen[data], _ = chooser.rows(made, a_cell("mixed", data=data), 0)
+        assert len(chosen[data]) == 4 and max(passed) == deepest
         assert str(profile.Data.read(data)) == data
+    assert len({tuple(rows) for rows in chosen.values()}) > 1
     assert {path.stem for path in (tmp_path / "rows").iterdir()} == {
         "mixed-copy-affinity.all-seed0",
-        "mixed-copy-affinity.all_lower-seed0",
+        "mixed-copy-affinity.all_first-seed0",
+        "mixed-copy-affinity.all_first_robin-seed0",
     }
 
 
@@ -365,9 +387,12 @@ def test_the_small_profile_is_part_of_the_full_one():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"arms": [{**a_profile()["arms"][0], "data": ["affinity"]}]}, "write SCORER:HEADS"),
-        ({"arms": [{**a_profile()["arms"][0], "data": ["bm25:proxy"]}]}, "write SCORER:HEADS"),
-        ({"arms": [{**a_profile()["arms"][0], "data": ["affinity:proxy/upper"]}]}, "write SCORER:HEADS"),
+        ({"arms": [{**a_profile()["arms"][0], "data": ["affinity"]}]}, "write SCORER"),
+        ({"arms": [{**a_profile()["arms"][0], "data": ["bm25:proxy"]}]}, "write SCORER"),
+        ({"arms": [{**a_profile()["arms"][0], "data": ["affinity:proxy/upper"]}]}, "write SCORER"),
+        ({"arms": [{**a_profile()["arms"][0], "data": ["affinity:proxy/robin/first"]}]}, "write SCORER"),
+        ({"arms": [{**a_profile()["arms"][0], "data": ["perplexity/robin"]}]}, "write SCORER"),
+        ({"arms": [{**a_profile()["arms"][0], "data": ["rds/first"]}]}, "write SCORER"),
         ({"arms": [{**a_profile()["arms"][0], "data": ["best"]}]}, "'best' is neither 'full' nor"),
         ({"arms": [{**a_profile()["arms"][0], "parameters": ["heads:best"]}]}, "write heads:METHOD"),
         ({"arms": [{**a_profile()["arms"][0], "parameters": ["heads:gate/nowhere"]}]}, "write heads:METHOD"),

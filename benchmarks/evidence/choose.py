@@ -15,13 +15,14 @@ from localize import CHOICES
 from torch import nn
 from trl import SFTConfig
 
-from p2d_peft import HeadScores, HeadSet, P2DDataSelector, localize_heads
+from p2d_peft import HeadScores, HeadSet, P2DConfig, P2DDataSelector, localize_heads
 from p2d_peft.files import read_json, write_json
 from p2d_peft.heads import ModelGeometry
+from p2d_peft.selection.policies import RoundRobin
 from p2d_peft.selection.samples import prepare_samples
 
 from .problem import Split, as_dataset
-from .profile import ALL_HEADS, Cell, Parameters
+from .profile import ALL_HEADS, Cell
 
 
 HEADS, ROWS = "heads", "rows"
@@ -78,11 +79,9 @@ class Chooser:
         self.folder, self.load, self.tokenizer, self.arguments = folder, load, tokenizer, arguments
         self.autocast, self.batch_size = autocast, batch_size
 
-    def heads(self, problem: Split, cell: Cell, parameters: Parameters, seed: int) -> tuple[HeadSet, Seconds]:
-        """The heads that a method finds on the target's samples, and what finding them took."""
-        if parameters.method == ALL_HEADS:
-            return ModelGeometry.of(self.load()).heads, Seconds()
-        path = self.folder / HEADS / f"{cell.target}-{parameters.method}-seed{seed}.json"
+    def scores(self, problem: Split, cell: Cell, method: str, seed: int) -> tuple[HeadScores, Seconds]:
+        """The scores that a method gives the heads on the target's samples, and what finding them took."""
+        path = self.folder / HEADS / f"{cell.target}-{method}-seed{seed}.json"
         if not path.exists():
             with Stopwatch() as watch:
                 batches: list[Any] = []
@@ -96,48 +95,65 @@ class Chooser:
                 with self.autocast():
                     # random heads are others for another target
                     number = zlib.crc32(f"{cell.target} {seed}".encode())
-                    scores = localize_heads(model, batches, parameters.method, seed=number)  # type: ignore[arg-type]
+                    scores = localize_heads(model, batches, method, seed=number)  # type: ignore[arg-type]
             scores = dataclasses.replace(scores, model_id=None)  # a path here
             write_json(path, {"scores": scores.to_dict(), "seconds": dataclasses.asdict(watch.seconds)})
         content = read_json(path)
-        heads = CHOICES[parameters.choice](HeadScores.from_dict(content["scores"]), parameters.ratio)
-        return heads, Seconds(**content["seconds"])
+        return HeadScores.from_dict(content["scores"]), Seconds(**content["seconds"])
+
+    def localize_seconds(self, problem: Split, cell: Cell, seed: int) -> Seconds:
+        """What finding the heads took that a cell scores by and trains: once, where one method finds both."""
+        methods = {cell.data.heads, cell.parameters.method} - {None, ALL_HEADS}
+        of_each = [self.scores(problem, cell, method, seed)[1] for method in methods if method]
+        return Seconds(sum(seconds.wall for seconds in of_each), sum(seconds.cpu for seconds in of_each))
+
+    def trained_heads(self, problem: Split, cell: Cell, seed: int) -> HeadSet | None:
+        """The heads to train, if heads are."""
+        parameters = cell.parameters
+        if parameters.method is None:
+            return None
+        if parameters.method == ALL_HEADS:
+            return ModelGeometry.of(self.load()).heads
+        return CHOICES[parameters.choice](self.scores(problem, cell, parameters.method, seed)[0], parameters.ratio)
+
+    def _scoring_heads(self, problem: Split, cell: Cell, seed: int, model: nn.Module) -> HeadSet | None:
+        method, part = cell.data.heads, P2DConfig.score_first_layers
+        if method is None:
+            return None
+        if method != ALL_HEADS:
+            scores = self.scores(problem, cell, method, seed)[0]
+            return scores.top(per_layer="even", first_layers=part if cell.data.first else None)
+        heads = ModelGeometry.of(model).heads
+        if not cell.data.first:
+            return heads
+        n_layers = ModelGeometry.of(model).shape[0]
+        return HeadSet(head for head in heads if head.layer < round(part * n_layers))
 
     def rows(self, problem: Split, cell: Cell, seed: int) -> tuple[list[int], Seconds]:
-        """The rows of the pool that a scorer keeps, and what scoring all of them took, finding its heads included."""
+        """The rows of the pool that a scorer keeps, and what scoring all of them took."""
         data = cell.data
         if data.scorer == "full":
             return list(range(len(problem.pool))), Seconds()
-        # scores are the same for all ratios
-        scored_by = str(dataclasses.replace(data, ratio=0.1)).replace(":", ".").replace("/", "_")
-        path = self.folder / ROWS / f"{cell.setting}-{cell.target}-{scored_by}-seed{seed}.json"
-        model = self.load()
-        heads, localized = None, Seconds()
-        if data.heads:
-            heads, localized = self.heads(problem, cell, Parameters("heads", data.heads), seed)
-            if data.lower:
-                n_layers = ModelGeometry.of(model).shape[0]
-                heads = HeadSet(head for head in heads if 2 * head.layer < n_layers)
-        selector = P2DDataSelector(
-            model,
-            self.tokenizer,
-            heads=heads,
-            target=as_dataset(problem.target) if problem.target else None,
-            scorer=data.scorer,  # type: ignore[arg-type]
-            ratio=data.ratio,
-            args=self.arguments,
-            batch_size=self.batch_size,
-            seed=seed,
-        )
+        name = str(data).replace(":", ".").replace("/", "_")
+        path = self.folder / ROWS / f"{cell.setting}-{cell.target}-{name}-seed{seed}.json"
         if not path.exists():
+            model = self.load()
+            selector = P2DDataSelector(
+                model,
+                self.tokenizer,
+                heads=self._scoring_heads(problem, cell, seed, model),
+                target=as_dataset(problem.target) if problem.target else None,
+                scorer=data.scorer,  # type: ignore[arg-type]
+                ratio=data.ratio,
+                policies=[RoundRobin()] if data.robin else [],
+                args=self.arguments,
+                batch_size=self.batch_size,
+                seed=seed,
+            )
             with Stopwatch() as watch, self.autocast():
-                scores = selector.score(as_dataset(problem.pool))
-            if scores.isnan().any():
+                selector.select(as_dataset(problem.pool))
+            if selector.scores is None or selector.scores.isnan().any():
                 raise ValueError(f"{path.name}: rows without an answer to score")
-            rounded = [float(f"{score:.9g}") for score in scores.tolist()]
-            write_json(path, {"scores": rounded, "seconds": dataclasses.asdict(watch.seconds)})
+            write_json(path, {"rows": selector.rows, "seconds": dataclasses.asdict(watch.seconds)})
         content = read_json(path)
-        seconds = Seconds(**content["seconds"])
-        return selector.choose(torch.tensor(content["scores"], dtype=torch.float64)), Seconds(
-            seconds.wall + localized.wall, seconds.cpu + localized.cpu
-        )
+        return content["rows"], Seconds(**content["seconds"])

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 from localize_report import bootstrap
 
+from .profile import ALL_HEADS, Parameters
 from .summary import REFERENCE, Comparison, Evidence, Line, compare
 
 
-P2D = ("affinity:proxy", "heads:proxy")
-LORA = ("affinity:proxy", "lora-attention")
+P2D = ("affinity:proxy/first/robin", "heads:proxy/last")
+LORA = (P2D[0], "lora-attention")
 EPOCHS = 3
 # targets of the full comparison, and how many of them the first claim asks for
 ALL_TARGETS, ENOUGH_TARGETS = 4, 3
@@ -63,9 +65,11 @@ def _heads(evidence: Evidence) -> Claim:
     text = "Heads matter: localized heads beat as many random heads on the same rows, on 3 of 4 targets."
     figures, best, n_targets = [], 0, 0
     for parameters in sorted({line.parameters for line in evidence.lines.values()}):
-        if not parameters.startswith("heads:") or parameters in ("heads:random", "heads:all"):
+        side = Parameters.read(parameters)
+        if side.method in (None, "random", ALL_HEADS):
             continue
-        found = compare(evidence, (P2D[0], parameters), (P2D[0], "heads:random"), epochs=EPOCHS)
+        control = str(dataclasses.replace(side, method="random"))
+        found = compare(evidence, (P2D[0], parameters), (P2D[0], control), epochs=EPOCHS)
         if found is None:
             continue
         better = [name for name, difference in found.of_targets.items() if difference["low"] > 0]
@@ -101,7 +105,7 @@ def _coupling(evidence: Evidence) -> Claim:
     text = "Coupling matters: rows scored by the trained heads beat rows scored by random heads, and by all heads."
     pairs = {
         f"against `{data}`": compare(evidence, P2D, (data, P2D[1]), epochs=EPOCHS)
-        for data in ("affinity:random", "affinity:all")
+        for data in ("affinity:random/first/robin", "affinity:all/first/robin")
     }
     found = {name: comparison for name, comparison in pairs.items() if comparison}
     figures = [_figure(name, comparison) for name, comparison in found.items()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -12,7 +12,7 @@ import yaml
 from localize import CHOICES
 
 from p2d_peft.heads.localize import LocalizeMethod
-from p2d_peft.selection.selector import ScorerName, needs_heads
+from p2d_peft.selection.selector import ScorerName, needs_heads, scores_per_target
 
 
 SETTINGS = ("mixed", "own", "corrupted", "absent")
@@ -31,40 +31,48 @@ class Data:
     The rows to train on.
 
     Args:
-        scorer (`str`): `"full"`, or what chooses them.
+        scorer (`str`): `"full"`, or what scores them.
         heads (`str`, *optional*): By which heads it does, for scorers that look at heads.
+        first (`bool`): Whether these are heads of the first layers only, so that `affinity` runs no more than that part
+            of the model, as P2DTrainer has it by default.
+        robin (`bool`): Whether the target's samples take turns in picking rows, as P2DTrainer has it by default; else the
+            best scores are kept.
         ratio (`float`): The share of the pool that is kept.
-        lower (`bool`): Whether only those of the heads count that lie in the lower half of the layers, so that
-            `affinity` runs no more than that half of the model.
     """
 
     scorer: str
-    heads: str | None
-    ratio: float
-    lower: bool = False
+    heads: str | None = None
+    first: bool = False
+    robin: bool = False
+    ratio: float = 0.1
 
     @classmethod
     def read(cls, text: str) -> Data:
-        """From `full`, `SCORER` or `SCORER:HEADS[/lower]`, with `@RATIO` where it is not a tenth."""
+        """From `full`, or `SCORER[:HEADS][/first][/robin][@RATIO]`; the ratio is a tenth where there is none."""
         name, ratio = split_ratio(text)
-        scorer, _, rest = name.partition(":")
-        heads, _, part = rest.partition("/")
+        start, *options = name.split("/")
+        scorer, _, heads = start.partition(":")
         if scorer == "full":
-            return cls("full", None, 1.0)
-        if scorer not in get_args(ScorerName):
+            made = cls("full", ratio=1.0)
+        elif scorer not in get_args(ScorerName):
             raise ValueError(f"data '{text}': '{scorer}' is neither 'full' nor one of {list(get_args(ScorerName))}.")
-        known = (not heads or heads in METHODS) and part in ("", "lower")
-        if needs_heads(scorer) != bool(heads) or not known:  # type: ignore[arg-type]
-            raise ValueError(
-                f"data '{text}': write SCORER:HEADS[/lower] for scorers with heads, with HEADS of {list(METHODS)}."
-            )
-        return cls(scorer, heads or None, ratio, lower=part == "lower")
+        else:
+            made = cls(scorer, heads or None, "first" in options, "robin" in options, ratio)
+            fits = needs_heads(scorer) == bool(heads) and (not heads or heads in METHODS)  # type: ignore[arg-type]
+            fits = fits and (bool(heads) or not made.first)
+            fits = fits and (scores_per_target(scorer) or not made.robin)  # type: ignore[arg-type]
+            if not fits or str(made) != text:
+                raise ValueError(
+                    f"data '{text}': write SCORER[:HEADS][/first][/robin][@RATIO], with HEADS of {list(METHODS)} for "
+                    "scorers with heads, and /robin for those that compare with the target's samples."
+                )
+        return made
 
     def __str__(self) -> str:
         if self.scorer == "full":
             return "full"
-        heads = f":{self.heads}{'/lower' if self.lower else ''}" if self.heads else ""
-        return f"{self.scorer}{heads}{_suffix(self.ratio)}"
+        heads = f":{self.heads}" if self.heads else ""
+        return f"{self.scorer}{heads}{'/first' * self.first}{'/robin' * self.robin}{_suffix(self.ratio)}"
 
 
 @dataclass(frozen=True)
@@ -333,22 +341,25 @@ def _check_keys(what: str, values: dict[str, Any], known: set[str]) -> None:
         raise ValueError(f"{what}: {sorted(unknown)} are not among {sorted(known)}.")
 
 
-def planned(profile: Profile, best: Any, part: tuple[int, int] = (0, 1)) -> Iterator[Arm]:
+def first_arms(profile: Profile) -> list[Arm]:
+    """The arms of the first seed, each cell with all of its learning rates; those that take longest come first."""
+    seed = profile.seeds[0]
+    arms = [Arm(cell, seed, lr) for cell in profile.cells() for lr in profile.rates(cell)]
+    return sorted(arms, key=_is_short)
+
+
+def further_arms(profile: Profile, best: Callable[[Cell], float]) -> list[Arm]:
     """
-    The arms in the order in which they are to be run, so that a run that is stopped leaves balanced results: first all
-    cells with all learning rates and the first seed, then, seed by seed, each cell with its best rate.
+    The arms of the other seeds, seed by seed, so that a run that is stopped leaves balanced results.
 
     Args:
         profile ([`Profile`]): What is to be run.
-        best (`Callable[[Cell], float]`): The rate of a cell that was best, asked for after its first seed was run.
-        part (`tuple[int, int]`): `(i, n)`: only every n-th cell, from the i-th on. A cell's arms are in one part.
+        best (`Callable[[Cell], float]`): The rate of a cell that was best with the first seed.
     """
     cells = profile.cells()
-    mine = list(cells)[part[0] :: part[1]]
-    for cell in mine:
-        for lr in profile.rates(cell):
-            yield Arm(cell, profile.seeds[0], lr)
-    for seed in profile.seeds[1:]:
-        for cell in mine:
-            if seed in cells[cell]:
-                yield Arm(cell, seed, best(cell))
+    arms = [Arm(cell, seed, best(cell)) for seed in profile.seeds[1:] for cell in cells if seed in cells[cell]]
+    return sorted(arms, key=_is_short)
+
+
+def _is_short(arm: Arm) -> bool:
+    return arm.cell.data.ratio < 1

@@ -23,7 +23,7 @@ from p2d_peft.selection.samples import prepare_samples
 
 from . import adapt
 from .base import few_shot, judge_options, judge_passages
-from .choose import Chooser, Seconds, Stopwatch
+from .choose import Chooser, Stopwatch
 from .problem import Row, Split, as_dataset, split
 from .profile import ANY, Arm, Cell, Profile
 
@@ -87,6 +87,22 @@ class Runner:
             self.profile.training, folder, epochs=epochs, lr=lr, seed=seed, bf16=self.bf16, on_cpu=adapt.on_cpu()
         )
 
+    # -- stages before the arms, which they share
+
+    def localize(self, cell: Cell, method: str, seed: int) -> None:
+        """Score the heads by a method, unless that was done."""
+        self.chooser.scores(self._problem(cell, seed), cell, method, seed)
+
+    def select(self, cell: Cell, seed: int) -> None:
+        """Choose the rows of a cell, unless that was done."""
+        self.chooser.rows(self._problem(cell, seed), cell, seed)
+
+    def _tested(self, cell: Cell) -> list[str]:
+        return self.profile.targets() if cell.target == ANY else [cell.target]
+
+    def _problem(self, cell: Cell, seed: int) -> Split:
+        return split(self.tasks, cell, self._tested(cell), self.profile.problem, seed)
+
     # -- arms
 
     def path(self, arm: Arm) -> Path:
@@ -104,14 +120,10 @@ class Runner:
     def run(self, arm: Arm) -> dict[str, Any]:
         """Do one arm and write its file."""
         cell, seed = arm.cell, arm.seed
-        tested = self.profile.targets() if cell.target == ANY else [cell.target]
-        problem = split(self.tasks, cell, tested, self.profile.problem, seed)
+        tested, problem = self._tested(cell), self._problem(cell, seed)
         rows, select = self.chooser.rows(problem, cell, seed)
-        heads, localize = None, Seconds()
-        if cell.parameters.adapter == "heads":
-            heads, localize = self.chooser.heads(problem, cell, cell.parameters, seed)
-            if cell.data.heads == cell.parameters.method:
-                localize = Seconds()  # charged with the selection already
+        heads = self.chooser.trained_heads(problem, cell, seed)
+        localize = self.chooser.localize_seconds(problem, cell, seed)
         chosen = [problem.pool[row] for row in rows]
 
         set_seed(seed)

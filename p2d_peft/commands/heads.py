@@ -24,6 +24,11 @@ def add_parser(commands: Any) -> None:
     heads.add_argument("--ratio", type=share, default=0.1, help="share of the heads to choose (%(default)s)")
     heads.add_argument("--per-layer", type=count, help="at most so many heads of one layer; spread evenly by default")
     heads.add_argument("--per-group", type=count, help="at most so many of the heads that share their keys and values")
+    part = heads.add_mutually_exclusive_group()
+    part.add_argument(
+        "--last-layers", type=share, help="only of this share of the layers, from the last: cheap to train"
+    )
+    part.add_argument("--first-layers", type=share, help="the same from the first: cheap to score rows by")
     heads.add_argument("--output", type=Path, required=True, help="where to write the chosen heads, as JSON")
     heads.add_argument("--scores", type=Path, help="where to write the scores of all heads, as JSON")
     heads.add_argument("--plot", type=Path, help="where to draw the scores (.png, .svg, .pdf)")
@@ -50,7 +55,13 @@ def run(args: argparse.Namespace) -> None:
     model = load_model(args)
     batches = [batch for _, batch in samples.batches(args.batch_size, model_device(model))]
     scores = localize_heads(model, batches, method=args.method, seed=args.seed)
-    heads = scores.top(args.ratio, per_layer=args.per_layer or "even", per_group=args.per_group)
+    heads = scores.top(
+        args.ratio,
+        per_layer=args.per_layer or "even",
+        per_group=args.per_group,
+        first_layers=args.first_layers,
+        last_layers=args.last_layers,
+    )
     heads.save(args.output)
     print(f"{len(heads)} of {scores.n_heads} heads by {args.method} in {scores.seconds:.1f} s: {heads.by_layer()}")
     print(f"written to {args.output}")

@@ -39,6 +39,12 @@ def add_parser(commands: Any) -> None:
     size.add_argument("--ratio", type=share, help="share of the rows to keep (0.1)")
     size.add_argument("--num-samples", type=count, help="number of rows to keep")
     size.add_argument("--max-tokens", type=count, help="number of tokens to keep")
+    select.add_argument(
+        "--round-robin",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let the target's samples take turns in picking rows, where the scorer compares rows with each of them",
+    )
     select.add_argument("--output", required=True, help="where to write the rows: .jsonl, .parquet, .csv or a folder")
     select.add_argument("--cache-dir", type=Path, help="folder to keep scores in, to go on from after a crash")
     select.add_argument("--plot", type=Path, help="where to draw a histogram of the scores (.png, .svg, .pdf)")
@@ -49,9 +55,10 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Score, choose and write."""
     from ..selection import P2DDataSelector
+    from ..selection.policies import RoundRobin
     from ..selection.pool import extremes
     from ..selection.row_checks import check_rows
-    from ..selection.selector import needs_heads, needs_target
+    from ..selection.selector import needs_heads, needs_target, scores_per_target
 
     check_new_dataset(args.output)
     if args.plot:
@@ -85,6 +92,7 @@ def run(args: argparse.Namespace) -> None:
         ratio=args.ratio,
         num_samples=args.num_samples,
         max_tokens=args.max_tokens,
+        policies=[RoundRobin()] if args.round_robin and scores_per_target(args.scorer) else [],
         args=config,
         batch_size=args.batch_size,
         seed=args.seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -46,6 +47,34 @@ def number_of_heads(ratio: float | None, k: int | None, n_heads: int) -> int:
 
 # the most heads of one layer, or the least and the most, or as few as their number allows
 PerLayer: TypeAlias = "int | tuple[int | None, int | None] | Literal['even'] | None"
+
+
+def at_one_end(values: torch.Tensor, stacks: Sequence[str], share: float, last: bool) -> Iterator[torch.Tensor]:
+    """
+    Tables of the heads at one end of each stack of layers, the smallest first: each has a layer more of every stack than the
+    one before it, and the last one is the whole.
+
+    Args:
+        values (`torch.Tensor`): Shape (L, H).
+        stacks (`Sequence[str]`): The stack of each row, whose layers come in order.
+        share (`float`): The share of a stack's layers in the first table, in (0, 1]; rounded, and at least one.
+        last (`bool`): Whether they are its last layers, rather than its first.
+
+    Yields:
+        `torch.Tensor`: shape (L, H), NaN in all other layers.
+    """
+    rows_of = {name: [row for row, stack in enumerate(stacks) if stack == name] for name in dict.fromkeys(stacks)}
+    for more in range(max(map(len, rows_of.values()))):
+        table = torch.full_like(values, torch.nan)
+        left_out = 0
+        for rows in rows_of.values():
+            count = min(len(rows), max(1, round(share * len(rows))) + more)
+            kept = rows[-count:] if last else rows[:count]
+            table[kept] = values[kept]
+            left_out += len(rows) - count
+        yield table
+        if not left_out:
+            return
 
 
 def even_bound(values: torch.Tensor, count: int) -> int:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..argument_checks import check_count, is_index
+from ..argument_checks import check_count, check_share, is_index
 from ..files import read_json, write_json
 from ..json_fields import checked_fields
 from ..printable import shown
 from .choice import (
     Bounds,
     PerLayer,
+    at_one_end,
     best_cells,
     best_for_the_time,
     even_bound,
@@ -109,6 +110,8 @@ class HeadScores:
         k: int | None = None,
         per_layer: PerLayer = None,
         per_group: int | None = None,
+        first_layers: float | None = None,
+        last_layers: float | None = None,
         cost_aware: bool = False,
     ) -> HeadSet:
         """
@@ -128,6 +131,12 @@ class HeadScores:
                 Take at most so many heads of one key/value group. Heads of a group share their keys and values, which
                 are trained once: with `per_group=1` each chosen head brings all of its weights. By default there is no
                 such bound.
+            first_layers (`float`, *optional*):
+                Take heads only of this share of the layers, counted from the first one, in (0, 1]; rounded, at least one
+                layer, and as many more as it takes for so many heads within the bounds. What only these heads do costs
+                no more than their part of a forward pass. In a model with several stacks, of each of them.
+            last_layers (`float`, *optional*):
+                The same counted from the last one. When only these heads are trained, the backward pass ends there.
             cost_aware (`bool`, *optional*, defaults to `False`):
                 Choose the heads for which the sum of their scores divided by the time of a training step is highest. The
                 backward pass ends at the lowest chosen layer `l`, so a step takes `1 + (L - l) / L` forward passes:
@@ -136,22 +145,30 @@ class HeadScores:
                 `trained` do, and the model must have one stack of attention.
 
         Raises:
-            `ValueError`: if `ratio` is not in (0, 1], there are not `k` heads, both are given, no choice of so many
-                heads keeps to `per_layer` and `per_group`, or the scores do not admit `cost_aware`.
+            `ValueError`: if `ratio`, `first_layers` or `last_layers` is not in (0, 1], there are not `k` heads, two that
+                exclude each other are given, no choice of so many heads keeps to `per_layer` and `per_group`, or the
+                scores do not admit `cost_aware`.
         """
         count = number_of_heads(ratio, k, self.n_heads)
-        if per_layer == "even":
-            per_layer = even_bound(self.values, count)
-        least, most = layer_bounds(per_layer)
+        if per_layer != "even":
+            layer_bounds(per_layer)
         if per_group is not None:
             check_count("per_group", per_group)
-        bounds = Bounds(least, most, math.inf if per_group is None else per_group, self._groups())
         if cost_aware:
             self._check_cost_aware()
-            cells = best_for_the_time(self.values, count, bounds)
-        else:
-            cells = best_cells(self.values, count, bounds)
+        best = best_for_the_time if cost_aware else best_cells
+        groups = self._groups()
+        cells = None
+        for values in self._parts(first_layers, last_layers):
+            if count > int((~values.isnan()).sum()):
+                continue
+            bound = even_bound(values, count) if per_layer == "even" else per_layer
+            least, most = layer_bounds(bound)
+            cells = best(values, count, Bounds(least, most, math.inf if per_group is None else per_group, groups))
+            if cells is not None:
+                break
         if cells is None:
+            per_layer, (least, most) = bound, layer_bounds(bound)
             asked = f"`ratio`={ratio or 0.1}" if k is None else f"`k`={k}"
             if per_group is not None and best_cells(self.values, count, Bounds(least, most)) is not None:
                 raise ValueError(
@@ -160,6 +177,22 @@ class HeadScores:
                 )
             raise self._unkept(asked, count, per_layer)
         return HeadSet((self.layers[row], head) for row, head in cells)
+
+    def _parts(self, first_layers: float | None, last_layers: float | None) -> Iterator[torch.Tensor]:
+        """The tables to choose from, one after the other until one will do; the last one is the whole."""
+        shares = {"first_layers": first_layers, "last_layers": last_layers}
+        given = {name: share for name, share in shares.items() if share is not None}
+        if len(given) > 1:
+            raise ValueError(f"Give only one of `first_layers` and `last_layers`, got {given}.")
+        if not given:
+            return iter([self.values])
+        ((name, share),) = given.items()
+        check_share(name, share)
+        return at_one_end(self.values, self._stacks(), share, last=name == "last_layers")
+
+    def _stacks(self) -> list[str]:
+        """The stack of each row: `"encoder"` of `"encoder.0"`, and `""` where there is one only."""
+        return [layer.rpartition(".")[0] if isinstance(layer, str) else "" for layer in self.layers]
 
     def _groups(self) -> torch.Tensor:
         """The key/value group of each head within its row: shape (L, H), int64."""
@@ -185,7 +218,7 @@ class HeadScores:
         )
 
     def _check_cost_aware(self) -> None:
-        stacks = sorted({layer.rpartition(".")[0] for layer in self.layers if isinstance(layer, str)})
+        stacks = sorted({*self._stacks()} - {""})
         if stacks:
             raise ValueError(
                 f"`cost_aware` is for models with one stack of attention, but these scores are of {', '.join(stacks)}; "

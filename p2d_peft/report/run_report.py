@@ -5,6 +5,7 @@
 |---|---|
 | 2 | `stage_tokens`, `stage_peak_memory`, `peak_memory_kind`, `device`, `processes` |
 | 3 | `layer_heads`, `arguments`; p2d_peft's own version in `versions` |
+| 4 | `scoring_heads` |
 
 Each later version reads the earlier ones. A field is never given another meaning: it gets a new name.
 """
@@ -63,13 +64,15 @@ class P2DReport(Record):
         n_heads (`int`, *optional*): Heads of the model.
         layer_heads (`dict[str, int]`, *optional*): How many heads each of its layers has; layers without heads are left
             out.
-        heads (`dict[str, list[int]]`, *optional*): The selected heads by layer.
+        heads (`dict[str, list[int]]`, *optional*): The heads that were trained by layer; with another adapter, those that
+            scored the rows.
         localize_method (`str`, *optional*): How they were found; None if they were given.
         pool_rows (`int`, *optional*): Rows of the pool.
         pool_tokens (`int`, *optional*): Tokens of the pool.
         selected_rows (`int`, *optional*): Rows that were kept.
         selected_tokens (`int`, *optional*): Their tokens.
         scorer (`str`, *optional*): The scorer that kept them; None if all rows were trained on.
+        scoring_heads (`dict[str, list[int]]`, *optional*): The heads that it scored by, by layer; None if it needs none.
         trainable_parameters (`int`): Weights that were trained.
         total_parameters (`int`): All weights of the model, those of the adapter included.
         arguments (`dict[str, bool | int | float | str | None]`): The training arguments that are not the defaults, as far
@@ -79,7 +82,7 @@ class P2DReport(Record):
 
     format: ClassVar[str] = "p2d_peft.P2DReport"
     title: ClassVar[str] = "a P2D report"
-    schema: ClassVar[int] = 3
+    schema: ClassVar[int] = 4
     since: ClassVar[dict[int, dict[str, Any]]] = {
         2: {
             "stage_tokens": {},
@@ -89,6 +92,7 @@ class P2DReport(Record):
             "processes": None,
         },
         3: {"layer_heads": None, "arguments": {}},
+        4: {"scoring_heads": None},
     }
 
     stage_seconds: dict[str, float]
@@ -114,6 +118,7 @@ class P2DReport(Record):
     selected_rows: int | None
     selected_tokens: int | None
     scorer: str | None
+    scoring_heads: dict[str, list[int]] | None
     trainable_parameters: int
     total_parameters: int
     arguments: dict[str, bool | int | float | str | None]

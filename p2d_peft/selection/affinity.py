@@ -44,4 +44,4 @@ def affinity(context: ScoringContext) -> Iterator[ScoreRows]:
         yield similarity_to_target(context, lambda samples: context.of_each(samples, features), centred=True)
 
 
-SCORER = Scorer("affinity", affinity, needs_heads=True, needs_target=True, needs_sample=True)
+SCORER = Scorer("affinity", affinity, needs_heads=True, needs_target=True, needs_sample=True, per_target=True)

@@ -51,4 +51,4 @@ def _words(ids: list[int]) -> list[str]:
     return list(map(str, ids))
 
 
-SCORER = Scorer("bm25", bm25, needs_heads=False, needs_target=True, passes=0, whole_pool=True)
+SCORER = Scorer("bm25", bm25, needs_heads=False, needs_target=True, per_target=True, passes=0, whole_pool=True)

@@ -246,4 +246,6 @@ def _load(parameters: list[nn.Parameter], values: torch.Tensor) -> None:
             start += parameter.numel()
 
 
-SCORER = Scorer("less", less, needs_heads=False, needs_target=True, needs_sample=True, passes=N_EPOCHS)
+SCORER = Scorer(
+    "less", less, needs_heads=False, needs_target=True, needs_sample=True, per_target=True, passes=N_EPOCHS
+)

@@ -50,4 +50,4 @@ def rds(context: ScoringContext) -> Iterator[ScoreRows]:
     yield similarity_to_target(context, lambda samples: context.of_each(samples, features), centred=False)
 
 
-SCORER = Scorer("rds", rds, needs_heads=False, needs_target=True)
+SCORER = Scorer("rds", rds, needs_heads=False, needs_target=True, per_target=True)

@@ -115,6 +115,8 @@ class Scorer:
         needs_heads (`bool`): Whether it needs the selected heads. It may count on getting them.
         needs_target (`bool`): Whether it needs samples of the task. It may count on getting them.
         needs_sample (`bool`, *optional*, defaults to `False`): Whether it needs a sample of the pool.
+        per_target (`bool`, *optional*, defaults to `False`): Whether its [`RowScores`] tell of each of the target's samples,
+            which some policies need.
         passes (`int`, *optional*, defaults to 1): How often a row passes through [`ScoringContext.batches`].
         whole_pool (`bool`, *optional*, defaults to `False`): Whether all samples of the pool have to be in one call.
         options (`str`, *optional*, defaults to `""`): What its scores depend on beside the context and its name. Where
@@ -126,6 +128,7 @@ class Scorer:
     needs_heads: bool
     needs_target: bool
     needs_sample: bool = False
+    per_target: bool = False
     passes: int = 1
     whole_pool: bool = False
     options: str = ""

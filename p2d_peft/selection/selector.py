@@ -60,6 +60,11 @@ def needs_target(scorer: ScorerName) -> bool:
     return _SCORERS[scorer].needs_target
 
 
+def scores_per_target(scorer: ScorerName) -> bool:
+    """Whether a scorer compares a row with each of the target's samples."""
+    return _SCORERS[scorer].per_target
+
+
 class P2DDataSelector:
     """
     Scores the rows of a pool and keeps the best of them (P2D section 3.2.2).
@@ -200,6 +205,12 @@ class P2DDataSelector:
         if scorer.needs_target and target is None:
             raise ValueError(
                 f"`scorer`={scorer.name!r} needs `target`, a few samples of the task as a `datasets.Dataset`."
+            )
+        if not scorer.per_target and any(policy.needs_per_target for policy in policies):
+            able = [name for name, known in _SCORERS.items() if known.per_target]
+            raise ValueError(
+                f"`policies` need scores for each of the target's samples, which `scorer`={scorer.name!r} does not give; "
+                f"use one of {able}."
             )
         self.ratio = 0.1 if not given else ratio
         self.num_samples = num_samples

@@ -16,8 +16,9 @@ from ..heads import HeadScores, HeadSet, localize_heads
 from ..heads.localize import default_method
 from ..model_state import model_device
 from ..selection import P2DDataSelector
+from ..selection.policies import RoundRobin
 from ..selection.pool import dataset_of
-from ..selection.selector import needs_heads
+from ..selection.selector import needs_heads, scores_per_target
 from .added_tokens import vocabulary
 from .arguments import changed
 from .config import P2DConfig
@@ -72,14 +73,15 @@ def choose(trainer: P2DTrainer) -> P2DState:
             with trainer._clock.stage("localize", trainer.model):
                 target = draw_target(trainer, pool)
                 trainer.head_scores = _localize(trainer, target)
-                heads = best_heads(trainer.head_scores, args)
+                heads = best_heads(trainer.head_scores, trainer)
             method = trainer.head_scores.method
             logger.info("Localized %d heads by %s: %r", len(heads), method, heads)
         if selects:
             with trainer._clock.stage("select"):
                 if trainer.selector is None:
                     target = draw_target(trainer, pool) if target is None else target
-                    trainer.selector = make_selector(trainer, heads, target)
+                    scoring = heads if method is None else scoring_heads(trainer.head_scores, trainer)
+                    trainer.selector = make_selector(trainer, scoring, target)
                 selector = trainer.selector
             with trainer._clock.stage("select", selector.engine.model):
                 selector.select(raw_where_another_tokenizer_reads(selector, trainer, pool))
@@ -118,6 +120,7 @@ def _note_selection(trainer: P2DTrainer, state: P2DState, selector: P2DDataSelec
             report.resumed_seconds,
         )
     state.scorer = selector.engine.scorer.name
+    state.scoring_heads = selector.engine.heads
     state.rows = rows
     state.scores = scores[rows].tolist()
     state.selected_tokens = None  # counted where they are put in the pool's place
@@ -149,9 +152,25 @@ def _localize(trainer: P2DTrainer, target: Dataset) -> HeadScores:
     return shared
 
 
-def best_heads(scores: HeadScores, args: P2DConfig) -> HeadSet:
-    """The heads to train: by default evenly over the depth, as far as their number allows it."""
-    return scores.top(args.head_ratio, per_layer=args.heads_per_layer or "even", per_group=args.heads_per_group)
+def best_heads(scores: HeadScores, trainer: P2DTrainer) -> HeadSet:
+    """The heads to train; where the adapter is another one, the heads that score."""
+    if trainer._head_sparse_config is None:
+        return scoring_heads(scores, trainer)
+    return _top(scores, trainer.args, last_layers=trainer.args.train_last_layers)
+
+
+def scoring_heads(scores: HeadScores, trainer: P2DTrainer) -> HeadSet:
+    """The heads to score rows by: those to train, or, for a scorer that is cheaper with them, of the first layers."""
+    args = trainer.args
+    if args.scorer == "affinity":
+        return _top(scores, args, first_layers=args.score_first_layers)
+    return _top(scores, args, last_layers=args.train_last_layers)
+
+
+def _top(scores: HeadScores, args: P2DConfig, **part: float) -> HeadSet:
+    # evenly over the depth, as far as their number allows it
+    per_layer = args.heads_per_layer or "even"
+    return scores.top(args.head_ratio, per_layer=per_layer, per_group=args.heads_per_group, **part)
 
 
 def make_selector(trainer: P2DTrainer, heads: HeadSet | None, target: Dataset) -> P2DDataSelector:
@@ -163,6 +182,7 @@ def make_selector(trainer: P2DTrainer, heads: HeadSet | None, target: Dataset) -
         target=target,
         scorer=args.scorer,
         ratio=args.data_ratio,
+        policies=[RoundRobin()] if args.round_robin and scores_per_target(args.scorer) else [],
         args=changed(args, chat_template_path=None),  # the trainer took it over by now
         batch_size=args.per_device_eval_batch_size,
         seed=args.seed,

@@ -31,6 +31,10 @@ class P2DConfig(SFTConfig):
             (`docs/localization.md`). With the number of a layer's heads there is no bound.
         heads_per_group (`int`, *optional*):
             Select at most so many of the heads that share their keys and values. By default there is no such bound.
+        train_last_layers (`float`, *optional*, defaults to 0.33):
+            Train heads of this share of the layers, counted from the last one, in (0, 1]: the backward pass ends below
+            them. More layers are taken where these have too few heads for `head_ratio`. Cheaper than heads of all layers,
+            which the paper trains (1.0), and no worse where it was measured (`docs/results.md`).
         localize_method (`str`, *optional*):
             How heads are found: `"proxy"`, `"taylor"`, `"gate"`, `"fisher"`, `"gain"`, `"gain_sgd"`, `"agreement"`,
             `"ablation"`, `"trained"`, `"magnitude"` or `"random"`; see [`localize_heads`]. By default `"proxy"`, the
@@ -40,6 +44,14 @@ class P2DConfig(SFTConfig):
         scorer (`str`, *optional*, defaults to `"affinity"`):
             How rows are scored: `"affinity"`, `"icl"` (the paper's), `"influence"`, `"gradient"`, `"less"`, `"rds"`,
             `"ifd"`, `"bm25"`, `"perplexity"`, `"length"` or `"random"`; see [`P2DDataSelector`].
+        score_first_layers (`float`, *optional*, defaults to 0.33):
+            Let `"affinity"` score rows by the best heads of this share of the layers, counted from the first one, in
+            (0, 1], as many as are trained: the forward pass ends above them. 1.0 with a `train_last_layers` of 1.0 is
+            the paper's form: the heads that are trained score the rows. Heads that you give score as they are.
+        round_robin (`bool`, *optional*, defaults to `True`):
+            Let the target's samples take turns in picking rows, with the scorers that compare a row with each of them
+            (`"affinity"`, `"gradient"`, `"less"`, `"rds"`, `"bm25"`). `False` keeps the rows with the best scores, as
+            the paper does: in a pool of one task these are too much alike (`docs/results.md`).
         target_samples (`int`, *optional*, defaults to `100`):
             How many samples of the task localizing and selecting look at: at most so many of `target_dataset`, or, where
             there is none, so many rows drawn from `train_dataset`.
@@ -78,6 +90,13 @@ class P2DConfig(SFTConfig):
         default=None,
         metadata={"help": "Select at most so many of the heads that share their keys and values."},
     )
+    train_last_layers: float = field(
+        default=0.33,
+        metadata={
+            "help": "Train heads of this share of the layers, counted from the last one, in (0, 1]. The backward pass ends "
+            "below them. 1.0: of all layers, as in the paper."
+        },
+    )
     localize_method: Optional[LocalizeMethod] = field(  # noqa: UP045
         default=None,
         metadata={
@@ -96,6 +115,21 @@ class P2DConfig(SFTConfig):
         metadata={
             "help": "How rows are scored: by the selected heads (affinity, icl, influence, gradient), by other methods "
             "(less, rds, ifd, bm25) or by controls (perplexity, length, random)."
+        },
+    )
+    score_first_layers: float = field(
+        default=0.33,
+        metadata={
+            "help": "Let affinity score rows by heads of this share of the layers, counted from the first one, in (0, 1]. "
+            "The forward pass ends above them. 1.0, with `train_last_layers` 1.0: by the heads that are trained, as in the "
+            "paper."
+        },
+    )
+    round_robin: bool = field(
+        default=True,
+        metadata={
+            "help": "Let the target's samples take turns in picking rows, with the scorers that compare a row with each of "
+            "them. False keeps the rows with the best scores, as in the paper."
         },
     )
     target_samples: int = field(
@@ -135,7 +169,7 @@ class P2DConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        for name in ("head_ratio", "data_ratio"):
+        for name in ("head_ratio", "train_last_layers", "data_ratio", "score_first_layers"):
             check_share(name, getattr(self, name))
         for name in ("heads_per_layer", "heads_per_group"):
             if getattr(self, name) is not None:
@@ -158,5 +192,6 @@ class P2DConfig(SFTConfig):
             MeasuredRun.read(self.reference_report)  # a file that will not do is told of at once
         for name in ("reference_steps", "report_samples"):
             check_count(name, getattr(self, name), least=0)
-        check_type("p2d", self.p2d, (bool,), "True or False")
+        for name in ("p2d", "round_robin"):
+            check_type(name, getattr(self, name), (bool,), "True or False")
         super().__post_init__()

@@ -22,7 +22,7 @@ from ..processes import settle
 from ..selection import P2DDataSelector
 from ..step_times import StepTimes, time_steps
 from ..tuners import HeadSparseConfig
-from .choosing import best_heads, draw_target, make_selector, raw_where_another_tokenizer_reads
+from .choosing import best_heads, draw_target, make_selector, raw_where_another_tokenizer_reads, scoring_heads
 from .reference import (
     check_reference,
     count_tokens,
@@ -76,9 +76,10 @@ def estimate_run(trainer: P2DTrainer) -> RunEstimate:
     pool = tokenized(trainer, trainer.train_dataset)
     target = draw_target(trainer, pool)
     n_tokens = count_tokens(pool)
-    heads = trainer.heads
+    heads = scoring = trainer.heads
     if heads is None and trainer.wants_heads:
-        heads = best_heads(localize_heads(trainer.model, [], method="random", seed=args.seed), args)
+        scores = localize_heads(trainer.model, [], method="random", seed=args.seed)
+        heads, scoring = best_heads(scores, trainer), scoring_heads(scores, trainer)
     seconds: dict[str, float] = {}
     peaks: dict[str, int] = {}
 
@@ -89,7 +90,7 @@ def estimate_run(trainer: P2DTrainer) -> RunEstimate:
             if trainer.heads is None and trainer.wants_heads:
                 seconds["localize"], peaks["localize"] = _watched(lambda: _localize_seconds(trainer, target))
             if trainer.selector is not None or args.data_ratio < 1:
-                selector = trainer.selector or make_selector(trainer, heads, target)
+                selector = trainer.selector or make_selector(trainer, scoring, target)
                 rows = raw_where_another_tokenizer_reads(selector, trainer, pool)
                 scoring, peaks["select"] = _watched(lambda: selector.estimate(rows))
                 seconds["select"] = scoring.seconds / args.world_size

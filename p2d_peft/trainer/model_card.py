@@ -105,7 +105,10 @@ def _choices(model: Any, state: P2DState) -> _Choices:
     table: list[tuple[str, ...]] = []
     if state.heads is not None:
         by = "given" if state.localize_method is None else f"`{state.localize_method}`"
-        table.append(("heads", *_part(len(state.heads), len(ModelGeometry.of(model).heads)), by))
+        n_heads = len(ModelGeometry.of(model).heads)
+        table.append(("heads", *_part(len(state.heads), n_heads), by))
+        if state.scoring_heads is not None and state.scoring_heads != state.heads:
+            table.append(("heads that score", *_part(len(state.scoring_heads), n_heads), by))
     if state.rows is None:
         table.append(("rows", "all", _number(state.pool_rows), _percent(1), ""))
     else:

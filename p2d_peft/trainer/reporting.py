@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from ..efficiency import StageCosts, alignment_efficiency_ratio
-from ..heads import ModelGeometry
+from ..heads import HeadSet, ModelGeometry
 from ..memory import memory_kind
 from ..model_state import model_id
 from ..report import P2DReport
@@ -64,17 +64,22 @@ def make_report(trainer: P2DTrainer, state: P2DState | None, costs: StageCosts) 
         seed=trainer.args.seed,
         n_heads=None if geometry is None else len(geometry.heads),
         layer_heads=None if geometry is None else {str(layer): geometry[layer].n_heads for layer in geometry},
-        heads=state.heads.to_dict()["heads"] if state is not None and state.heads is not None else None,
+        heads=None if state is None else _by_layer(state.heads),
         localize_method=None if state is None else state.localize_method,
         pool_rows=pool_rows,
         pool_tokens=pool_tokens,
         selected_rows=pool_rows if state is None or state.rows is None else len(state.rows),
         selected_tokens=pool_tokens if state is None else state.selected_tokens,
         scorer=None if state is None else state.scorer,
+        scoring_heads=None if state is None else _by_layer(state.scoring_heads),
         trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         total_parameters=sum(p.numel() for p in parameters),
         arguments=changed_arguments(trainer.args),
     )
+
+
+def _by_layer(heads: HeadSet | None) -> dict[str, list[int]] | None:
+    return None if heads is None else heads.to_dict()["heads"]
 
 
 def changed_arguments(args: TrainingArguments) -> dict[str, bool | int | float | str | None]:

@@ -25,9 +25,11 @@ class P2DState:
     The choices of a run.
 
     Args:
-        heads (`HeadSet`, *optional*): The selected heads; None if none were needed.
+        heads (`HeadSet`, *optional*): The heads that are trained; with another adapter, those that scored. None if none
+            were needed.
         localize_method (`str`, *optional*): How they were found; None if they were given.
         scorer (`str`, *optional*): How the rows were scored; None if all are trained on.
+        scoring_heads (`HeadSet`, *optional*): The heads that scored the rows; None if the scorer needs none.
         rows (`list[int]`, *optional*): The selected rows of the pool, ascending; None for all.
         scores (`list[float]`, *optional*): Their scores.
         pool_rows (`int`, *optional*): Rows of the pool; None for a stream that was not read.
@@ -39,6 +41,7 @@ class P2DState:
     heads: HeadSet | None
     localize_method: str | None
     scorer: str | None = None
+    scoring_heads: HeadSet | None = None
     rows: list[int] | None = None
     scores: list[float] | None = None
     pool_rows: int | None = None
@@ -52,6 +55,7 @@ class P2DState:
             "format": _FORMAT,
             **vars(self),
             "heads": self.heads and self.heads.to_dict(),
+            "scoring_heads": self.scoring_heads and self.scoring_heads.to_dict(),
             "reference": self.reference and asdict(self.reference),
             **{f"stage_{name}": values for name, values in vars(costs).items()},
         }
@@ -83,9 +87,10 @@ class P2DState:
 
     @classmethod
     def _of_json(cls, data: Mapping[str, Any]) -> P2DState:
-        heads, reference = data.get("heads"), data.get("reference")
+        reference = data.get("reference")
+        sets = {name: data.get(name) for name in ("heads", "scoring_heads")}
         parts = {
-            "heads": heads and HeadSet.from_dict(heads),
+            **{name: heads and HeadSet.from_dict(heads) for name, heads in sets.items()},
             "reference": Reference(**checked_fields(Reference, reference))
             if isinstance(reference, Mapping)
             else reference,
