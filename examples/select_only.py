@@ -15,6 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 from p2d_peft import P2DDataSelector, localize_heads
 from p2d_peft.dataset_files import read_dataset
+from p2d_peft.selection.policies import RoundRobin
 from p2d_peft.selection.samples import prepare_samples
 
 
@@ -34,8 +35,11 @@ pool, target = read_dataset(args.pool), read_dataset(args.target)
 # tokenized as the training will do it, which `sft_args` says
 samples = prepare_samples(target, tokenizer, sft_args, name="target")
 batches = [batch for _, batch in samples.batches(8, device)]
-heads = localize_heads(model, batches).top(0.1, per_layer="even")
-selector = P2DDataSelector(model, tokenizer, heads=heads, target=target, args=sft_args, ratio=0.1)
+# of the first layers: the pass that scores a row ends above them
+heads = localize_heads(model, batches).top(0.1, per_layer="even", first_layers=0.33)
+selector = P2DDataSelector(
+    model, tokenizer, heads=heads, target=target, args=sft_args, ratio=0.1, policies=[RoundRobin()]
+)
 selected = selector.select(pool)
 print(f"{len(selected)} of {len(pool)} rows by {heads!r}")
 

@@ -362,7 +362,7 @@ def test_rows_may_be_scored_by_heads_of_the_first_layers(tmp_path):
     made = problem.split(tiny_tasks(), a_cell("mixed"), ["copy"], sizes(), 0)
     passed = []
     for index, layer in enumerate(model.model.layers):
-        layer.self_attn.register_forward_hook(lambda *_, index=index: passed.append(index))
+        layer.self_attn.register_forward_pre_hook(lambda *_, index=index: passed.append(index))
     chosen = {}
     for data, deepest in (("affinity:all", 3), ("affinity:all/first", 0), ("affinity:all/first/robin", 0)):
         passed.clear()

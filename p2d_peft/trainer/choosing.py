@@ -65,7 +65,8 @@ def choose(trainer: P2DTrainer) -> P2DState:
     check_reference(trainer, n_rows)
     check_datasets(trainer, pool)
     selects = trainer.selector is not None or args.data_ratio < 1
-    heads, method = trainer.heads, None
+    heads = scored_by = trainer.heads
+    method = None
     target: Dataset | None = None
     trainer._clock.set(StageCosts())  # without those of an attempt that failed
     with trainer.accelerator.autocast(), _without_virtual_tokens(trainer.model):
@@ -73,15 +74,15 @@ def choose(trainer: P2DTrainer) -> P2DState:
             with trainer._clock.stage("localize", trainer.model):
                 target = draw_target(trainer, pool)
                 trainer.head_scores = _localize(trainer, target)
-                heads = best_heads(trainer.head_scores, trainer)
+                scores = trainer.head_scores
+                heads, scored_by = best_heads(scores, trainer), scoring_heads(scores, trainer)
             method = trainer.head_scores.method
             logger.info("Localized %d heads by %s: %r", len(heads), method, heads)
         if selects:
             with trainer._clock.stage("select"):
                 if trainer.selector is None:
                     target = draw_target(trainer, pool) if target is None else target
-                    scoring = heads if method is None else scoring_heads(trainer.head_scores, trainer)
-                    trainer.selector = make_selector(trainer, scoring, target)
+                    trainer.selector = make_selector(trainer, scored_by, target)
                 selector = trainer.selector
             with trainer._clock.stage("select", selector.engine.model):
                 selector.select(raw_where_another_tokenizer_reads(selector, trainer, pool))
@@ -156,21 +157,24 @@ def best_heads(scores: HeadScores, trainer: P2DTrainer) -> HeadSet:
     """The heads to train; where the adapter is another one, the heads that score."""
     if trainer._head_sparse_config is None:
         return scoring_heads(scores, trainer)
-    return _top(scores, trainer.args, last_layers=trainer.args.train_last_layers)
+    return _heads_to_train(scores, trainer.args)
 
 
 def scoring_heads(scores: HeadScores, trainer: P2DTrainer) -> HeadSet:
     """The heads to score rows by: those to train, or, for a scorer that is cheaper with them, of the first layers."""
     args = trainer.args
-    if args.scorer == "affinity":
-        return _top(scores, args, first_layers=args.score_first_layers)
-    return _top(scores, args, last_layers=args.train_last_layers)
+    if args.scorer != "affinity":  # the only one whose pass through the model ends above its heads
+        return _heads_to_train(scores, args)
+    return scores.top(args.head_ratio, first_layers=args.score_first_layers, **_bounds(args))
 
 
-def _top(scores: HeadScores, args: P2DConfig, **part: float) -> HeadSet:
-    # evenly over the depth, as far as their number allows it
-    per_layer = args.heads_per_layer or "even"
-    return scores.top(args.head_ratio, per_layer=per_layer, per_group=args.heads_per_group, **part)
+def _heads_to_train(scores: HeadScores, args: P2DConfig) -> HeadSet:
+    return scores.top(args.head_ratio, last_layers=args.train_last_layers, **_bounds(args))
+
+
+def _bounds(args: P2DConfig) -> dict[str, Any]:
+    # evenly over these layers, as far as their number allows it
+    return {"per_layer": args.heads_per_layer or "even", "per_group": args.heads_per_group}
 
 
 def make_selector(trainer: P2DTrainer, heads: HeadSet | None, target: Dataset) -> P2DDataSelector:

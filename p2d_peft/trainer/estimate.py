@@ -76,10 +76,10 @@ def estimate_run(trainer: P2DTrainer) -> RunEstimate:
     pool = tokenized(trainer, trainer.train_dataset)
     target = draw_target(trainer, pool)
     n_tokens = count_tokens(pool)
-    heads = scoring = trainer.heads
+    heads = scored_by = trainer.heads
     if heads is None and trainer.wants_heads:
         scores = localize_heads(trainer.model, [], method="random", seed=args.seed)
-        heads, scoring = best_heads(scores, trainer), scoring_heads(scores, trainer)
+        heads, scored_by = best_heads(scores, trainer), scoring_heads(scores, trainer)
     seconds: dict[str, float] = {}
     peaks: dict[str, int] = {}
 
@@ -90,7 +90,7 @@ def estimate_run(trainer: P2DTrainer) -> RunEstimate:
             if trainer.heads is None and trainer.wants_heads:
                 seconds["localize"], peaks["localize"] = _watched(lambda: _localize_seconds(trainer, target))
             if trainer.selector is not None or args.data_ratio < 1:
-                selector = trainer.selector or make_selector(trainer, scoring, target)
+                selector = trainer.selector or make_selector(trainer, scored_by, target)
                 rows = raw_where_another_tokenizer_reads(selector, trainer, pool)
                 scoring, peaks["select"] = _watched(lambda: selector.estimate(rows))
                 seconds["select"] = scoring.seconds / args.world_size

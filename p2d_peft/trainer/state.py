@@ -29,25 +29,25 @@ class P2DState:
             were needed.
         localize_method (`str`, *optional*): How they were found; None if they were given.
         scorer (`str`, *optional*): How the rows were scored; None if all are trained on.
-        scoring_heads (`HeadSet`, *optional*): The heads that scored the rows; None if the scorer needs none.
         rows (`list[int]`, *optional*): The selected rows of the pool, ascending; None for all.
         scores (`list[float]`, *optional*): Their scores.
         pool_rows (`int`, *optional*): Rows of the pool; None for a stream that was not read.
         pool_tokens (`int`, *optional*): Tokens of the pool.
         selected_tokens (`int`, *optional*): Tokens of the selected rows.
         reference (`Reference`, *optional*): The reference, if there is one.
+        scoring_heads (`HeadSet`, *optional*): The heads that scored the rows; None if the scorer needs none.
     """
 
     heads: HeadSet | None
     localize_method: str | None
     scorer: str | None = None
-    scoring_heads: HeadSet | None = None
     rows: list[int] | None = None
     scores: list[float] | None = None
     pool_rows: int | None = None
     pool_tokens: int | None = None
     selected_tokens: int | None = None
     reference: Reference | None = None
+    scoring_heads: HeadSet | None = None
 
     def save(self, folder: str | Path, costs: StageCosts) -> None:
         """Write the state and the costs of the stages so far into a checkpoint's folder."""
@@ -87,6 +87,7 @@ class P2DState:
 
     @classmethod
     def _of_json(cls, data: Mapping[str, Any]) -> P2DState:
+        data = {"scoring_heads": None, **data}  # not told by checkpoints of earlier versions
         reference = data.get("reference")
         sets = {name: data.get(name) for name in ("heads", "scoring_heads")}
         parts = {

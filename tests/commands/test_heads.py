@@ -1,4 +1,7 @@
-from p2d_peft import HeadScores
+import pytest
+
+from p2d_peft import HeadScores, HeadSet
+from p2d_peft.cli import main
 
 
 def test_heads_are_found_and_written(folder, heads):
@@ -7,3 +10,15 @@ def test_heads_are_found_and_written(folder, heads):
     assert heads == scores.top(0.3, per_layer="even", per_group=1)
     assert len(heads) == round(0.3 * scores.n_heads)
     assert (folder / "heads.png").stat().st_size > 1000
+
+
+def test_heads_of_the_last_layers(folder, heads, capsys):
+    command = ["heads", "--model", f"{folder}/model", "--data", f"{folder}/target.parquet", "--method", "magnitude"]
+    files = ["--output", f"{folder}/last.json", "--scores", f"{folder}/all.json"]
+    assert main([*command, "--last-layers", "0.33", *files]) == 0
+    scores = HeadScores.load(folder / "all.json")
+    found = HeadSet.load(folder / "last.json")
+    assert found == scores.top(0.1, per_layer="even", last_layers=0.33) and found.layers == (len(scores.values) - 1,)
+    with pytest.raises(SystemExit):
+        main([*command, "--last-layers", "0.33", "--first-layers", "0.33", *files])
+    assert "not allowed with argument" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from datasets import load_from_disk
 
 from p2d_peft import P2DDataSelector
 from p2d_peft.cli import main
+from p2d_peft.selection.policies import RoundRobin
 
 from ..tiny_data import prompt_completion
 from ..tiny_models import tiny_model, tiny_tokenizer
@@ -22,12 +23,19 @@ def test_select_writes_what_the_selector_selects(folder, heads, output, capsys):
     ]
     model = ["--model", f"{folder}/model", "--dtype", "float32"]
     options = ["--ratio", "0.25", "--show", "3", "--plot", f"{folder}/{output}.svg"]
+    turns = output.endswith(".jsonl")
+    options += [] if turns else ["--no-round-robin"]
     assert main(["select", *model, *files, *options, "--output", f"{folder}/{output}"]) == 0
     selector = P2DDataSelector(
-        tiny_model(), tiny_tokenizer(), heads=heads, target=prompt_completion(6, seed=1), ratio=0.25
+        tiny_model(),
+        tiny_tokenizer(),
+        heads=heads,
+        target=prompt_completion(6, seed=1),
+        ratio=0.25,
+        policies=[RoundRobin()] if turns else [],
     )
     expected = selector.select(prompt_completion()).to_list()
-    if output.endswith(".jsonl"):
+    if turns:
         written = [json.loads(line) for line in (folder / output).read_text().splitlines()]
     else:
         written = load_from_disk(str(folder / output)).to_list()

@@ -73,6 +73,13 @@ def test_the_best_heads_are_chosen(scores, data):
     most = max(map(len, even.by_layer().values()))
     n_heads = (~scores.values.isnan()).sum(dim=1)
     assert len(even) == k and int(n_heads.clamp(max=most - 1).sum()) < k
+    share = data.draw(st.floats(0.01, 1))
+    last = scores.top(k=k, last_layers=share)
+    n_last = max(1, round(share * len(scores.values)))
+    # only of these, unless they have too few, and then of no more layers than it takes
+    assert len(last) == k
+    lowest = scores.layers.index(last.layers[0])
+    assert lowest >= len(scores.values) - n_last or int(n_heads[lowest + 1 :].sum()) < k
 
 
 @steady

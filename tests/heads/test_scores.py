@@ -120,6 +120,53 @@ def test_at_least_so_many_of_each_layer():
         table.top(k=3, per_layer=(1, 1))
 
 
+def test_heads_of_one_end_of_the_layers():
+    table = scores([[9.0, 8.0], [7.0, 6.0], [5.0, 4.0], [3.0, 2.0], [1.0, 0.0]])
+    assert table.top(k=2, last_layers=0.4) == HeadSet([(3, 0), (3, 1)])
+    assert table.top(k=2, first_layers=0.4) == HeadSet([(0, 0), (0, 1)])
+    assert table.top(k=2, last_layers=0.4, per_layer="even") == HeadSet([(3, 0), (4, 0)])
+    # rounded, but one layer at least
+    assert table.top(k=1, last_layers=1e-9) == HeadSet([(4, 0)])
+    assert table.top(k=1, last_layers=0.5) == HeadSet([(3, 0)])
+    assert table.top(0.3, first_layers=1.0, per_layer=1) == table.top(0.3, last_layers=1.0, per_layer=1)
+    # as many more layers as it takes
+    assert table.top(k=3, last_layers=0.2) == HeadSet([(3, 0), (3, 1), (4, 0)])
+    assert table.top(k=3, last_layers=0.2, per_layer=1) == HeadSet([(2, 0), (3, 0), (4, 0)])
+    assert len(table.top(1.0, first_layers=0.2)) == 10
+    # the backward pass may end higher up still
+    assert table.top(k=1, last_layers=0.6, cost_aware=True) == HeadSet([(2, 0)])
+
+
+def test_one_end_of_each_stack():
+    values = torch.arange(10.0).reshape(5, 2)
+    layers = ("decoder.0", "decoder.1", "encoder.0", "encoder.1", "encoder.2")
+    table = HeadScores(values, "gate", layers=layers)
+    assert table.top(k=4, first_layers=0.4).layers == ("decoder.0", "encoder.0")
+    assert table.top(k=4, last_layers=0.4).layers == ("decoder.1", "encoder.2")
+    assert table.top(k=6, last_layers=0.4).layers == ("decoder.1", "encoder.1", "encoder.2")
+
+
+def test_layers_without_heads_count_as_layers():
+    table = scores([[1.0, 2.0], [math.nan, math.nan], [math.nan, math.nan], [3.0, math.nan]])
+    assert table.top(k=1, last_layers=0.5) == HeadSet([(3, 0)])
+    assert table.top(k=1, first_layers=0.5) == HeadSet([(0, 1)])
+    assert table.top(k=2, last_layers=0.5) == HeadSet([(0, 1), (3, 0)])
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"first_layers": 0.0}, r"`first_layers` must be in \(0, 1\], got 0.0"),
+        ({"last_layers": 4}, r"`last_layers` must be in \(0, 1\], got 4"),
+        ({"first_layers": 0.5, "last_layers": 0.5}, "only one of `first_layers` and `last_layers`"),
+        ({"last_layers": 0.5, "per_layer": (1, 1), "k": 4}, r"`per_layer`=\(1, 1\) leaves 2 heads, but `k`=4"),
+    ],
+)
+def test_an_end_that_cannot_be(part, message):
+    with pytest.raises(ValueError, match=message):
+        scores([[0.1, 0.2], [0.3, 0.4]]).top(**part)
+
+
 def test_cost_aware_prefers_layers_from_which_the_backward_is_short():
     table = scores([[1.0, 0.1], [0.9, 0.1], [0.8, 0.1]])
     assert table.top(k=1) == HeadSet([(0, 0)])

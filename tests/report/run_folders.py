@@ -71,6 +71,7 @@ def write_run(folder: Path, text: str = "", seed: int = 0, **changes: object) ->
         "selected_rows": 122,
         "selected_tokens": 17_500,
         "scorer": f"affinity{text}",
+        "scoring_heads": scores.top(0.1, per_layer="even", first_layers=0.33).to_dict()["heads"],
         "trainable_parameters": 3_686_400,
         "total_parameters": 138_201_408,
         "arguments": {"learning_rate": 0.002, "num_train_epochs": 3, "optim": f"adamw{text}", "bf16": True},

@@ -99,6 +99,13 @@ def test_a_report_alone_says_what_is_missing():
     assert "measured in a run of its own" in Elements(page(bare(reference_source="measured"))).text
 
 
+def test_heads_that_scored_and_are_not_trained_are_told(run):
+    text = Elements(page(run)).text
+    assert "The heads that scored the rows" in text and run.report.scoring_heads != run.report.heads
+    for same in (bare(scoring_heads=None), bare(scoring_heads=bare().report.heads)):
+        assert "The heads that scored the rows" not in Elements(page(same)).text
+
+
 def test_numbers_that_make_no_sense_break_nothing():
     for changes in (
         {"stage_seconds": {"train": -1.0, "x": 3.0}, "total_parameters": 0, "epochs": -1e308},

@@ -34,6 +34,7 @@ def report(**changes):
         "selected_rows": 10,
         "selected_tokens": 90,
         "scorer": "affinity",
+        "scoring_heads": {"0": [2]},
         "trainable_parameters": 10,
         "total_parameters": 1000,
         "arguments": {"learning_rate": 0.001, "bf16": True, "optim": "adamw"},
@@ -45,7 +46,7 @@ def test_round_trip(tmp_path):
     report().save(tmp_path / "p2d_report.json")
     assert P2DReport.load(tmp_path / "p2d_report.json") == report()
     data = json.loads((tmp_path / "p2d_report.json").read_text())
-    assert data["schema"] == 3 and set(data["versions"]) >= {"p2d_peft", "python", "torch", "peft", "trl"}
+    assert data["schema"] == 4 and set(data["versions"]) >= {"p2d_peft", "python", "torch", "peft", "trl"}
     assert {field.name for field in dataclasses.fields(P2DReport)} == set(data) - {"format", "schema"}
 
 
@@ -69,6 +70,7 @@ def test_a_report_of_schema_1_lacks_tokens_and_memory(tmp_path):
     report().save(tmp_path / "r.json")
     data = json.loads((tmp_path / "r.json").read_text())
     new = ("stage_tokens", "stage_peak_memory", "peak_memory_kind", "device", "processes", "layer_heads", "arguments")
+    new += ("scoring_heads",)
     (tmp_path / "r.json").write_text(json.dumps({**{k: v for k, v in data.items() if k not in new}, "schema": 1}))
     lacking = {"stage_tokens": {}, "stage_peak_memory": {}, "arguments": {}}
     assert P2DReport.load(tmp_path / "r.json") == report(**{**dict.fromkeys(new), **lacking})
@@ -77,9 +79,17 @@ def test_a_report_of_schema_1_lacks_tokens_and_memory(tmp_path):
 def test_a_report_of_schema_2_lacks_arguments(tmp_path):
     report().save(tmp_path / "r.json")
     data = json.loads((tmp_path / "r.json").read_text())
-    del data["layer_heads"], data["arguments"]
+    del data["layer_heads"], data["arguments"], data["scoring_heads"]
     (tmp_path / "r.json").write_text(json.dumps({**data, "schema": 2}))
-    assert P2DReport.load(tmp_path / "r.json") == report(layer_heads=None, arguments={})
+    assert P2DReport.load(tmp_path / "r.json") == report(layer_heads=None, arguments={}, scoring_heads=None)
+
+
+def test_a_report_of_schema_3_lacks_the_heads_that_scored(tmp_path):
+    report().save(tmp_path / "r.json")
+    data = json.loads((tmp_path / "r.json").read_text())
+    del data["scoring_heads"]
+    (tmp_path / "r.json").write_text(json.dumps({**data, "schema": 3}))
+    assert P2DReport.load(tmp_path / "r.json") == report(scoring_heads=None)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}"])
@@ -91,7 +101,7 @@ def test_what_is_no_report_is_refused(content, tmp_path):
 
 def test_a_schema_to_come_is_refused(tmp_path):
     (tmp_path / "r.json").write_text('{"format": "p2d_peft.P2DReport", "schema": 99}')
-    with pytest.raises(ValueError, match="of schema 99, but this version of p2d_peft reads 1 to 3"):
+    with pytest.raises(ValueError, match="of schema 99, but this version of p2d_peft reads 1 to 4"):
         P2DReport.load(tmp_path / "r.json")
 
 

@@ -30,6 +30,8 @@ def test_works_with_trl_parser_flags_yaml_and_help(tmp_path, capsys):
     [
         ("head_ratio", 0, r"`head_ratio` must be in \(0, 1\], got 0"),
         ("data_ratio", 1.5, r"`data_ratio` must be in \(0, 1\], got 1\.5"),
+        ("train_last_layers", 2, r"`train_last_layers` must be in \(0, 1\], got 2"),
+        ("score_first_layers", 0.0, r"`score_first_layers` must be in \(0, 1\], got 0\.0"),
         ("heads_per_layer", 0, "`heads_per_layer` must be at least 1, got 0"),
         ("heads_per_group", 0, "`heads_per_group` must be at least 1, got 0"),
         (

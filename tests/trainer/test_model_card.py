@@ -67,6 +67,15 @@ def test_a_run_is_told_as_it_was(tmp_path):
     assert "eprint    = {arXiv:2605.21558}," in text.split("```bibtex")[1]
 
 
+def test_heads_that_only_score_are_told(tmp_path):
+    run = trainer(tmp_path, changes={"scorer": "affinity", "localize_method": "taylor", "reference_steps": 0})
+    run.train()
+    text = card_of(run).text
+    assert (
+        "| heads | 3 | 12 | 25.0 % | `taylor` |\n| heads that score | 3 | 12 | 25.0 % | `taylor` |\n| rows |" in text
+    )
+
+
 def test_without_a_reference_or_localization_it_says_so(tmp_path):
     run = trainer(tmp_path, heads=HeadSet([(0, 1)]))
     run.train()

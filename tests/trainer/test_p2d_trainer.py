@@ -10,8 +10,9 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
-from p2d_peft import HeadSet, HeadSparseConfig, P2DConfig, P2DTrainer, efficiency
+from p2d_peft import HeadSet, HeadSparseConfig, P2DConfig, P2DDataSelector, P2DTrainer, efficiency
 from p2d_peft.report import P2DReport
+from p2d_peft.selection.policies import RoundRobin
 from p2d_peft.trainer import arguments, choosing
 
 from ..model_checks import assert_unchanged, snapshot
@@ -64,7 +65,9 @@ def test_trains_the_chosen_heads_on_the_chosen_rows_and_nothing_else(name, tmp_p
     run = trainer(tmp_path, model)
     pool = run.train_dataset
     run.train()
-    assert len(run.heads) == 3 and run.head_scores.top(0.25, per_layer=1) == run.heads
+    # by default heads of the last layers are trained, and those of the first ones score
+    assert len(run.heads) == 3 and run.head_scores.top(0.25, last_layers=0.33) == run.heads
+    assert run.heads.layers == (2,) and run.selector.engine.heads.layers == (0,)
     assert len(run.train_dataset) == 16
     assert all(row in pool["input_ids"][:] for row in run.train_dataset["input_ids"])
     assert {n for n, p in run.model.named_parameters() if p.requires_grad} == set(deltas(run.model))
@@ -86,6 +89,54 @@ def test_trains_the_chosen_heads_on_the_chosen_rows_and_nothing_else(name, tmp_p
         units = {head if role in ("q_proj", "o_proj") else head // per_group for head in by_layer[layer]}
         lines = changed[:, 1 if role == "o_proj" else 0]
         assert {int(line) // head_dim for line in lines} == units, weight_name
+
+
+def test_the_papers_form_is_one_set_of_heads_and_the_best_scores(tmp_path):
+    paper = {"train_last_layers": 1.0, "score_first_layers": 1.0, "round_robin": False}
+    run = trainer(tmp_path, changes=paper)
+    run.train()
+    assert run.heads == run.selector.engine.heads == run.head_scores.top(0.25, per_layer="even")
+    best = run.selector.scores.argsort(descending=True, stable=True)[:16]
+    assert run.selector.rows == sorted(best.tolist())
+    assert run.report.heads == run.report.scoring_heads
+
+
+def test_the_samples_of_the_target_take_turns_and_the_forward_pass_ends_early(tmp_path):
+    model = tiny_model()
+    run = trainer(tmp_path, model, changes={"num_train_epochs": 1})
+    passed, choose_rows = [], P2DDataSelector.select
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.register_forward_pre_hook(lambda *_, index=index: passed.append(index))
+
+    def selecting(selector, pool):
+        passed.clear()
+        rows = choose_rows(selector, pool)
+        assert set(passed) == {0}
+        passed.clear()
+        return rows
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(P2DDataSelector, "select", selecting)
+        run.train()
+    assert set(passed) == {0, 1, 2}  # training went through all layers
+    assert run.selector.policies == (RoundRobin(),)
+    best = run.selector.scores.argsort(descending=True, stable=True)[:16]
+    assert run.selector.rows != sorted(best.tolist())
+    assert run.report.scoring_heads == {"0": run.selector.engine.heads.by_layer()[0]}
+    assert run.report.heads == {"2": run.heads.by_layer()[2]}
+
+
+def test_what_is_trained_scores_where_that_costs_no_more(tmp_path):
+    by_gradient = trainer(tmp_path / "gradient", changes={"scorer": "gradient"})
+    by_gradient.train()
+    assert by_gradient.selector.engine.heads == by_gradient.heads and by_gradient.heads.layers == (2,)
+    given = HeadSet([(0, 1), (2, 2)])
+    with_heads = trainer(tmp_path / "given", heads=given)
+    with_heads.train()
+    assert with_heads.selector.engine.heads == with_heads.heads == given
+    with_lora = trainer(tmp_path / "lora", peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
+    with_lora.train()
+    assert with_lora.selector.engine.heads == with_lora.heads and with_lora.heads.layers == (0,)
 
 
 def test_the_final_metrics_and_the_report_carry_the_aer(tmp_path):
@@ -150,6 +201,7 @@ def test_methods_and_scorers_combine(method, scorer, tmp_path):
     run = trainer(tmp_path, changes={"localize_method": method, "scorer": scorer, "max_steps": 1})
     run.train()
     assert (run.report.localize_method, run.report.scorer) == (method, scorer)
+    assert not run.selector.policies  # these do not compare a row with each of the target's samples
     assert len(run.train_dataset) == 16
 
 

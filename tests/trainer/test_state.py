@@ -10,7 +10,7 @@ from p2d_peft.trainer.state import P2DState
 @pytest.mark.parametrize("reference", [None, Reference(3.5, "estimated", 0.1)])
 @pytest.mark.parametrize("heads", [None, HeadSet([(0, 1), (11, 3)])])
 def test_round_trip(heads, reference, tmp_path):
-    state = P2DState(heads, "proxy", "affinity", [1, 5], [0.1, 1 / 3], 20, 300, 33, reference)
+    state = P2DState(heads, "proxy", "affinity", [1, 5], [0.1, 1 / 3], 20, 300, 33, reference, HeadSet([(0, 2)]))
     costs = StageCosts({"localize": 1.5, "train": 2.0}, {"localize": 10}, {"localize": 20, "train": 30})
     state.save(tmp_path, costs)
     assert P2DState.load(tmp_path) == (state, costs)
@@ -20,7 +20,7 @@ def test_checkpoints_of_earlier_versions_have_the_seconds_alone(tmp_path):
     state = P2DState(None, None, "random", [1], [0.1], 20, 300, 33, None)
     state.save(tmp_path, StageCosts({"select": 1.5}, {"select": 10}, {"select": 20}))
     data = json.loads((tmp_path / "p2d_state.json").read_text())
-    del data["stage_tokens"], data["stage_peak_memory"]
+    del data["stage_tokens"], data["stage_peak_memory"], data["scoring_heads"]
     (tmp_path / "p2d_state.json").write_text(json.dumps(data))
     assert P2DState.load(tmp_path) == (state, StageCosts({"select": 1.5}))
 

@@ -1,5 +1,6 @@
 """Policies together, through the selector."""
 
+import dataclasses
 import random
 from collections import Counter
 
@@ -8,7 +9,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from p2d_peft.heads import HeadSet
-from p2d_peft.selection import P2DDataSelector
+from p2d_peft.selection import P2DDataSelector, length
 from p2d_peft.selection.policies import Diverse, LengthBetween, Policy, Quotas, RoundRobin, WithoutNearDuplicates
 
 from ...tiny_data import prompt_completion, rows
@@ -102,19 +103,17 @@ def test_too_few_rows_are_told(caplog):
     assert len(kept) == 40 and "The policies left 40 rows; 60 were asked for." in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("policy", "message"),
-    [
-        (
-            RoundRobin(),
-            "`policies` need scores for each of the target's samples, which `scorer`='perplexity' does not",
-        ),
-        (Diverse(), "`policies` need features of rows, which `scorer`='perplexity' does not have"),
-    ],
-)
-def test_what_a_scorer_cannot_give_is_an_error_at_the_first_rows(policy, message):
-    with pytest.raises(ValueError, match=message):
-        selector("perplexity", policies=[policy]).select(prompt_completion())
+def test_what_a_scorer_cannot_give_is_an_error():
+    needed = r"`policies` need scores for each of the target's samples, which `scorer`='{}' does not give"
+    with pytest.raises(ValueError, match=needed.format("perplexity") + r"; use one of \['affinity', 'bm25', "):
+        selector("perplexity", policies=[RoundRobin()])
+    with pytest.raises(
+        ValueError, match="`policies` need features of rows, which `scorer`='perplexity' does not have"
+    ):
+        selector("perplexity", policies=[Diverse()]).select(prompt_completion())
+    promising = dataclasses.replace(length.SCORER, name="promising", per_target=True)
+    with pytest.raises(ValueError, match=needed.format("promising")):
+        selector(promising, policies=[RoundRobin()]).select(prompt_completion())
 
 
 def test_a_column_that_is_not_there_is_named():
