@@ -50,7 +50,7 @@ def points(difference: dict[str, Any]) -> str:
     return f"{mean:+.1f} points ({low:+.1f} to {high:+.1f})"
 
 
-def _nll(comparison: Comparison) -> str:
+def nll_text(comparison: Comparison) -> str:
     nll = comparison.nll
     if nll["low"] is None:
         return f"NLL {nll['mean']:+.3f}"
@@ -58,7 +58,7 @@ def _nll(comparison: Comparison) -> str:
 
 
 def _figure(what: str, comparison: Comparison) -> str:
-    return f"{what}: {points(comparison.exact_match)} exact match, {_nll(comparison)}, {comparison.pairs} pairs"
+    return f"{what}: {points(comparison.exact_match)} exact match, {nll_text(comparison)}, {comparison.pairs} pairs"
 
 
 def _heads(evidence: Evidence) -> Claim:

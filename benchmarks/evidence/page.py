@@ -5,11 +5,16 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+from localize import CHOICES
+
+from p2d_peft import P2DConfig
 from p2d_peft.files import read_json
 from p2d_peft.heads import HeadScores
 
+from . import claims
 from .choose import HEADS
 from .claims import EPOCHS, HELD, NOT_HELD, P2D, judge
+from .defaults import measured
 from .summary import Evidence, Line
 
 
@@ -17,7 +22,8 @@ PICTURES = {
     "aer.svg": "Exact match against AER, a point for each line of the mixed pool's table; P2D in orange",
     "stages.svg": "Seconds by stage, of P2D and of full fine-tuning on all rows",
     "ratios.svg": "Exact match over the share of the heads and over the share of the rows",
-    "heads.svg": "Scores of the heads by `proxy` for each target, the chosen ones framed",
+    "heads.svg": "Scores of the heads by `proxy` for each target; framed are those of the first third, which score rows, and "
+    "those of the last third, which are trained",
 }
 SETTINGS_TEXT = {
     "mixed": "One task in a mixed pool: eight tasks, as many rows of each",
@@ -33,9 +39,13 @@ def page(evidence: Evidence, results: Path, pictures: list[str]) -> str:
     problem, training = evidence.settings["problem"], evidence.settings["training"]
     parts = [
         "# Results",
-        "Written by `python benchmarks/run_evidence.py report` from the files in `benchmarks/results/evidence`, one for "
+        "How good P2D is on a small model, against what one would pick instead. Written by `python benchmarks/run_evidence.py report` from the files in `benchmarks/results/evidence`, one for "
         f"each training; {evidence.arms} so far. To rerun the small profile, from a clean clone:",
         "```bash\nbash scripts/evidence.sh\n```",
+        "Rows are named by what chooses them: `SCORER:HEADS`, `/first` where only heads of the first third of the layers "
+        "score, `/robin` where the target's samples take turns. Weights are named by what is trained: `heads:METHOD`, `/last` "
+        f"for heads of the last third; `{P2D[0]}` with `{P2D[1]}` is what `P2DTrainer` does by default. `@` is a share other "
+        "than a tenth.",
         f"The model is {evidence.settings['model']}, the rows are BIG-bench's. A pool has {problem['pool_rows']} rows of each "
         f"task; heads and rows are chosen with {problem['target_rows']} samples of the target that are not in it, the "
         f"learning rate with {problem['validation_rows']} held-out rows and the first seed, and tested are "
@@ -50,6 +60,8 @@ def page(evidence: Evidence, results: Path, pictures: list[str]) -> str:
         _claims(evidence),
         *(f"![{PICTURES[name]}](results/{name})\n\n*{PICTURES[name]}.*" for name in pictures),
         _overlap(evidence, results),
+        "## The defaults",
+        _defaults(evidence),
         "## The base model: format or skill",
         _base(evidence),
     ]
@@ -75,6 +87,35 @@ def _claims(evidence: Evidence) -> str:
         verdict = {HELD: "**held**", NOT_HELD: "**not held**"}.get(claim.verdict, claim.verdict)
         rows.append([str(number), claim.text, verdict, "<br>".join(claim.figures)])
     return _markdown(["", "claim", "", "figures"], rows)
+
+
+def _defaults(evidence: Evidence) -> str:
+    rows = [
+        [
+            f"`{alternative.default}`",
+            alternative.instead,
+            alternative.setting,
+            claims.points(comparison.exact_match),
+            claims.nll_text(comparison),
+            f"{seconds:.2f}",
+            str(comparison.pairs),
+        ]
+        for alternative, comparison, seconds in measured(evidence)
+    ]
+    if not rows:
+        return ""
+    header = [
+        "default",
+        "instead",
+        "pool",
+        "exact match, default minus other",
+        "NLL, the same",
+        "seconds, over the other's",
+    ]
+    return (
+        "Each row has P2DTrainer's defaults against the same with one thing changed.\n\n"
+        f"{_markdown([*header, 'pairs'], rows)}"
+    )
 
 
 def _order(evidence: Evidence, line: Line) -> tuple[bool, int, float]:
@@ -161,7 +202,7 @@ def _overlap(evidence: Evidence, results: Path) -> str:
     for path in sorted((results / HEADS).glob("*-proxy-seed*.json")):
         target, _, rest = path.stem.partition("-proxy-seed")
         scores = HeadScores.from_dict(read_json(path)["scores"])
-        sets[target, int(rest)] = scores.top(0.1, per_layer="even")
+        sets[target, int(rest)] = CHOICES["last"](scores, P2DConfig.head_ratio)
     between: dict[str, list[float]] = {"of two seeds of one target": [], "of two targets": []}
     for ((target, seed), a), ((other, other_seed), b) in itertools.combinations(sets.items(), 2):
         share = len(a & b) / len(a)
@@ -170,7 +211,9 @@ def _overlap(evidence: Evidence, results: Path) -> str:
         elif seed == other_seed:
             between["of two targets"].append(share)
     said = [f"{_percent(sum(shares) / len(shares))} % {who}" for who, shares in between.items() if shares]
-    return f"Of the heads that `proxy` chooses, these are shared on average: {', '.join(said)}." if said else ""
+    return (
+        f"Of the heads that `proxy` chooses to train, these are shared on average: {', '.join(said)}." if said else ""
+    )
 
 
 def _provenance(evidence: Evidence) -> str:

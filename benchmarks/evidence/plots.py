@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from localize import CHOICES
+
+from p2d_peft import P2DConfig
 from p2d_peft.files import read_json, replacing
 from p2d_peft.heads import HeadScores
 
@@ -100,6 +103,8 @@ def _ratios(evidence: Evidence) -> Figure | None:
         if line.setting != "mixed" or line.epochs != EPOCHS:
             continue
         (data, data_ratio), (parameters, head_ratio) = split_ratio(line.data), split_ratio(line.parameters)
+        if data == "full":
+            data, data_ratio = P2D[0], 1.0
         if (data, parameters) != P2D:
             continue
         value = 100 * line.mean("exact_match")
@@ -130,6 +135,7 @@ def _heads(evidence: Evidence, results: Path) -> Figure | None:
     figure = _new(3.4 * len(files), 6.5)
     for axes, path in zip(figure.subplots(1, len(files), squeeze=False)[0], files, strict=True):
         scores = HeadScores.from_dict(read_json(path)["scores"])
-        scores.plot(scores.top(0.1, per_layer="even"), ax=axes)
+        first = scores.top(P2DConfig.head_ratio, per_layer="even", first_layers=P2DConfig.score_first_layers)
+        scores.plot(first | CHOICES["last"](scores, P2DConfig.head_ratio), ax=axes)
         axes.set_title(path.stem.partition("-")[0], fontsize=9)
     return figure

@@ -156,26 +156,25 @@ class HeadScores:
             check_count("per_group", per_group)
         if cost_aware:
             self._check_cost_aware()
-        best = best_for_the_time if cost_aware else best_cells
-        groups = self._groups()
+        choose = best_for_the_time if cost_aware else best_cells
         cells = None
         for values in self._parts(first_layers, last_layers):
             if count > int((~values.isnan()).sum()):
                 continue
-            bound = even_bound(values, count) if per_layer == "even" else per_layer
-            least, most = layer_bounds(bound)
-            cells = best(values, count, Bounds(least, most, math.inf if per_group is None else per_group, groups))
+            of_layer = even_bound(values, count) if per_layer == "even" else per_layer
+            least, most = layer_bounds(of_layer)
+            bounds = Bounds(least, most, math.inf if per_group is None else per_group, self._groups())
+            cells = choose(values, count, bounds)
             if cells is not None:
                 break
         if cells is None:
-            per_layer, (least, most) = bound, layer_bounds(bound)
             asked = f"`ratio`={ratio or 0.1}" if k is None else f"`k`={k}"
             if per_group is not None and best_cells(self.values, count, Bounds(least, most)) is not None:
                 raise ValueError(
                     f"`per_group`={per_group} leaves fewer heads than the {count} of {self.n_heads} that {asked} asks "
                     "for; raise `per_group` or ask for fewer heads."
                 )
-            raise self._unkept(asked, count, per_layer)
+            raise self._unkept(asked, count, of_layer)
         return HeadSet((self.layers[row], head) for row, head in cells)
 
     def _parts(self, first_layers: float | None, last_layers: float | None) -> Iterator[torch.Tensor]:
