@@ -201,6 +201,11 @@ def test_the_summary(results):
     assert ours.results[0]["seconds"]["localize"]["cpu"] == of_proxy
     assert other.results[0]["seconds"]["localize"]["cpu"] == of_proxy + of_random
 
+    # it was tested on both targets, but is one training: what it took holds for a target that it was not tested on
+    del evidence.lines[("mixed", "copy", "full", "full", 3)]
+    assert evidence.aer(ours) == pytest.approx(charged / reference.seconds("train"))
+    evidence = summary.read_evidence(folder)
+
     compared = summary.compare(evidence, claims.P2D, claims.LORA)
     lora = [evidence.lines[("mixed", target, *claims.LORA, 3)] for target in ("copy", "count")]
     p2d = [evidence.lines[("mixed", target, *claims.P2D, 3)] for target in ("copy", "count")]

@@ -86,10 +86,23 @@ class Evidence:
 
     def aer(self, line: Line) -> float | None:
         """Seconds of all stages over those of full fine-tuning on all of the pool for as many epochs."""
-        reference = self.lines.get((line.setting, line.target, *REFERENCE, line.epochs))
+        reference = self.reference(line)
         if reference is None:
             return None
         return line.seconds("localize", "select", "train") / reference.seconds("train")
+
+    def reference(self, line: Line) -> Line | None:
+        """Full fine-tuning on all of a line's pool for as many epochs, whichever targets it was tested on."""
+        exact = self.lines.get((line.setting, line.target, *REFERENCE, line.epochs))
+        if exact is not None:
+            return exact
+        same_pool = (
+            other
+            for other in self.lines.values()
+            if (other.setting, other.data, other.parameters, other.epochs) == (line.setting, *REFERENCE, line.epochs)
+            and all(result["target"] == ANY for result in other.results.values())
+        )
+        return next(same_pool, None)
 
     @property
     def base_passages_nll(self) -> float:
