@@ -47,7 +47,8 @@ def run(args: argparse.Namespace, arguments: list[str]) -> None:
     tasks = load_tasks(profile, dict(args.dataset))
     model = args.model or (str(fetch_model()) if profile.model == HUB_MODEL else profile.model)
     called = command("run_evidence.py", arguments)
-    run_all(profile, partial(make_runner, args.threads, profile, tasks, model, args.output, called), args.jobs)
+    part = profile.only(args.only) if args.only else profile
+    run_all(part, partial(make_runner, args.threads, profile, tasks, model, args.output, called), args.jobs)
 
 
 def make_runner(threads: int, *arguments: Any) -> Runner:
@@ -89,12 +90,19 @@ def main(argv: list[str] | None = None) -> None:
     runs.add_argument(
         "--dataset", type=_pair, nargs="+", default=[], metavar="ID=FOLDER", help="datasets that are not to be fetched"
     )
+    runs.add_argument(
+        "--only",
+        nargs="+",
+        metavar="TEXT",
+        help="only cells with one of these in their names, 'SETTING TARGET DATA WEIGHTS'",
+    )
     runs.add_argument("--jobs", type=int, default=1, help="processes (default: %(default)s)")
     runs.add_argument("--threads", type=int, default=1, help="of each process (default: %(default)s)")
     reports = commands.add_parser("report", help="write docs/results.md, its pictures and the README's table")
     reports.add_argument("--output", type=Path, default=RESULTS, help="where the results are")
     checks = commands.add_parser("check", help="say what a profile would run")
     checks.add_argument("profile", type=Path)
+    checks.add_argument("--only", nargs="+", metavar="TEXT", help="as for `run`")
     args = parser.parse_args(argv)
     if args.command == "run":
         run(args, arguments)
@@ -102,8 +110,11 @@ def main(argv: list[str] | None = None) -> None:
         report(args.output, ROOT / "docs", ROOT / "README.md")
     else:
         profile = Profile.read(args.profile)
+        profile = profile.only(args.only) if args.only else profile
         cells = profile.cells()
         arms = sum(len(profile.rates(cell)) + len(seeds) - 1 for cell, seeds in cells.items())
+        for cell in cells:
+            print(cell)
         print(f"{len(cells)} cells, {arms} arms, targets {', '.join(profile.targets())}")
 
 

@@ -12,13 +12,15 @@ import torch
 import yaml
 from trl import SFTTrainer
 
+from p2d_peft import P2DConfig
+
 from .benchmark_files import BENCHMARKS, load_benchmark
 from .tiny_data import rows
 from .tiny_models import tiny_model, tiny_tokenizer
 
 
 run_evidence = load_benchmark("run_evidence")
-adapt, base, bigbench, choose, claims, page, problem, profile, schedule, summary, tasks = (
+adapt, base, bigbench, choose, claims, defaults, page, problem, profile, schedule, summary, tasks = (
     load_benchmark(f"evidence.{name}")
     for name in (
         "adapt",
@@ -26,6 +28,7 @@ adapt, base, bigbench, choose, claims, page, problem, profile, schedule, summary
         "bigbench",
         "choose",
         "claims",
+        "defaults",
         "page",
         "problem",
         "profile",
@@ -262,6 +265,25 @@ def test_claims():
     assert {claim.verdict for claim in nothing} == {claims.UNDECIDED}
 
 
+def test_defaults_stand_against_what_was_run_in_their_place():
+    found = {
+        (a.field, a.instead): (comparison, seconds) for a, comparison, seconds in defaults.measured(evidence_of(SIDES))
+    }
+    assert set(found) == {("localize_method", "random heads"), ("scorer", "random rows")}
+    comparison, seconds = found["scorer", "random rows"]
+    assert comparison.exact_match["mean"] == pytest.approx(15 / 40) and seconds == 1.0
+    slow = evidence_of({**SIDES, ("affinity:proxy/robin", "heads:proxy/last"): (30, 16.0, 1.0)})
+    assert [seconds for a, _, seconds in defaults.measured(slow) if a.field == "score_first_layers"] == [0.5]
+
+
+@pytest.mark.parametrize("alternative", defaults.ALTERNATIVES, ids=lambda a: f"{a.field}-{a.instead}")
+def test_what_stands_in_a_defaults_place_is_in_the_full_profile(alternative):
+    cells = profile.Profile.read(PROFILES[0].with_name("full.yaml")).cells()
+    side = (profile.Data.read(alternative.data), profile.Parameters.read(alternative.parameters))
+    assert (alternative.setting, *side, claims.EPOCHS) in {(c.setting, c.data, c.parameters, c.epochs) for c in cells}
+    assert alternative.field in {field.name for field in dataclasses.fields(P2DConfig)}
+
+
 def test_the_report(results, tmp_path):
     pytest.importorskip("matplotlib")
     folder, _ = results
@@ -380,6 +402,16 @@ def test_rows_may_be_scored_by_heads_of_the_first_layers(tmp_path):
         "mixed-copy-affinity.all_first-seed0",
         "mixed-copy-affinity.all_first_robin-seed0",
     }
+
+
+def test_a_part_of_a_profile(capsys):
+    path = str(PROFILES[0].with_name("small.yaml"))
+    run_evidence.main(["check", path, "--only", "own question_typing", "lora-attention 3"])
+    *cells, count = capsys.readouterr().out.splitlines()
+    assert [cell.split()[0] for cell in cells].count("own") == 3 and len(cells) == 5
+    assert count == "5 cells, 20 arms, targets intent_recognition, question_typing"
+    with pytest.raises(ValueError, match=r"\['dora'\] is in none of the cells' names, such as 'mixed any full full 3"):
+        run_evidence.main(["check", path, "--only", "dora"])
 
 
 def test_the_small_profile_is_part_of_the_full_one():

@@ -53,7 +53,8 @@ def page(evidence: Evidence, results: Path, pictures: list[str]) -> str:
         "that of greedy answers. AER is the cost of all stages over that of full fine-tuning on the whole pool for as "
         "many epochs, both measured; on a CPU it is counted in the process's own seconds, so that what else a machine does is "
         "not in it. Forgetting is the rise of the NLL of unrelated passages over the base model's. Intervals are 95 % of "
-        "paired bootstraps: over test rows for exact match, over pairs of target and seed for NLL.",
+        "paired bootstraps: over test rows for exact match, over pairs of target and seed for NLL. Peak memory on a CPU is "
+        "that of the whole process, with what its earlier arms left in it.",
         "**Not run:** any model but this one, any GPU, and the paper's own models and data, for which there are profiles "
         "(`paper_llama.yaml` and `paper_qwen.yaml` in `benchmarks/evidence/profiles`).",
         "## The claims",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -306,6 +307,22 @@ class Profile:
             for cell in cells:
                 found[cell] = sorted({*found.get(cell, []), *seeds, self.seeds[0]}, key=self.seeds.index)
         return found
+
+    def only(self, texts: list[str]) -> Profile:
+        """
+        The part of it whose cells' names have one of these texts in them.
+
+        Raises:
+            `ValueError`: if a text is in none.
+        """
+        names = {cell: str(cell) for cell in self.cells()}
+        if missing := [text for text in texts if not any(text in name for name in names.values())]:
+            raise ValueError(f"{missing} is in none of the cells' names, such as '{next(iter(names.values()))}'.")
+        groups = [
+            ([cell for cell in cells if any(text in names[cell] for text in texts)], seeds)
+            for cells, seeds in self.groups
+        ]
+        return dataclasses.replace(self, groups=groups)
 
     def targets(self) -> list[str]:
         """All tasks that are a target somewhere."""

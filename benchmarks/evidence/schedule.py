@@ -69,7 +69,7 @@ def run_all(profile: Profile, make_runner: Callable[[], Runner], jobs: int) -> N
     Do what is missing of a profile.
 
     Args:
-        profile ([`Profile`]): What is to be run.
+        profile ([`Profile`]): What is to be run; all of a runner's own profile, or a part of it.
         make_runner (`Callable[[], Runner]`): Makes a process's runner. With several jobs it must be one to pickle.
         jobs (`int`): Processes. Each takes what is next as soon as it is free.
     """
