@@ -51,7 +51,10 @@ def _read(source: str, config: str | None, split: str | None, streaming: bool) -
             raise FileNotFoundError(f"There is no file '{source}'.")
         if not path.stat().st_size:
             raise ValueError(f"'{source}' is empty.")
-        return load_dataset(_READERS[path.suffix], data_files=str(path), split="train", streaming=streaming)
+        try:
+            return load_dataset(_READERS[path.suffix], data_files=str(path), split="train", streaming=streaming)
+        except ValueError as error:  # what old versions of datasets say of bad JSON lines names no file
+            raise ValueError(f"'{source}' cannot be read: {error}") from error
     name = source
     if split is None and ":" in source:
         name, _, split = source.rpartition(":")

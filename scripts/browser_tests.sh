@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -z "${CHROMIUM:-}" ] && ! command -v chromium > /dev/null && ! command -v chromium-browser > /dev/null; then
-    apt-get update -qq && apt-get install -y -qq chromium
+    apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-liberation
 fi
 if [ -z "${AXE_CORE:-}" ] && [ ! -f .browser/node_modules/axe-core/axe.min.js ]; then
     npm install --silent --no-save --prefix .browser axe-core@4

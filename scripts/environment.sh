@@ -2,10 +2,16 @@
 # Makes a virtual environment with this project in it, or brings it up to date.
 # usage: scripts/environment.sh FOLDER EXTRAS, for example: scripts/environment.sh .venv test,quickstart
 # PYTHON names the interpreter (python3 by default), CONSTRAINTS a file of versions, by default the one that keeps the
-# download light.
+# download light, and UPGRADE packages to bring to their newest version. With BASE, the folder of another environment, only
+# what that one has not, or in another version, is installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=$1 extras=$2
-[ -x "$folder/bin/python" ] || "${PYTHON:-python3}" -m venv "$folder"
+packages() { "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
+if [ ! -x "$folder/bin/python" ]; then
+    "${PYTHON:-python3}" -m venv "$folder"
+    # pip then counts them as installed, and leaves them alone where it needs another version
+    [ -z "${BASE:-}" ] || echo "import site; site.addsitedir('$(packages "$BASE")')" > "$(packages "$folder")/base.pth"
+fi
 "$folder/bin/python" -m pip install --quiet --disable-pip-version-check \
-    --constraint "${CONSTRAINTS:-.ci/constraints.txt}" --editable ".[$extras]"
+    --constraint "${CONSTRAINTS:-.ci/constraints.txt}" ${UPGRADE:+--upgrade $UPGRADE} --editable ".[$extras]"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds a release and checks it, up to the upload, whose command is printed.
+# Builds a release and checks it, up to the upload, whose command is printed: the quick tests run in the unpacked sdist, and
+# with the wheel installed a run from a model to a loaded adapter.
 # usage: scripts/release.sh
 # Wanted: a clean tree; the version of p2d_peft/version.py as the topmost section of CHANGELOG.md, with its date; and a tag
 # of that version, with a "v" before it, on this commit. PYTHON names an interpreter that has p2d_peft[release].
@@ -25,5 +26,14 @@ rm -rf dist  # what an earlier build left would be uploaded, too
 for file in "dist/p2d_peft-$version-py3-none-any.whl" "dist/p2d_peft-$version.tar.gz"; do
     [ -f "$file" ] || fail "the build made no $file"
 done
+
+unpacked=$(mktemp -d)
+trap 'rm -rf "$unpacked"' EXIT
+tar -xzf "dist/p2d_peft-$version.tar.gz" -C "$unpacked"
+sdist=$unpacked/p2d_peft-$version
+# an environment of its own, in which the tests find no file that only this checkout has
+VENV=.venv PYTHON=$(realpath "$(command -v "$python")") bash "$sdist/scripts/test.sh" -m "not slow" || fail "the quick tests fail in the unpacked sdist"
+"$sdist/.venv/bin/python" -m pip install --quiet --no-deps --force-reinstall "dist/p2d_peft-$version-py3-none-any.whl"
+"$sdist/.venv/bin/python" "$sdist/scripts/soak.py" --cycles 1 || fail "a run with the wheel installed fails"
 echo "To upload: $python -m twine upload dist/p2d_peft-$version-py3-none-any.whl dist/p2d_peft-$version.tar.gz"
 echo "Then: git push origin v$version"

@@ -31,6 +31,7 @@ import torch
 import transformers
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 import p2d_peft
 from p2d_peft import HeadSet, HeadSparseConfig, P2DConfig, P2DDataSelector, P2DTrainer, localize_heads
@@ -51,7 +52,7 @@ SCORERS = ("affinity", "icl", "influence", "gradient", "rds", "ifd", "perplexity
 COUNTS = ("hooks", "open_files", "tensors", "threads", "temporary_files")
 
 
-def cycle(index: int, folder: Path, resident: nn.Module) -> None:
+def cycle(index: int, folder: Path, resident: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """One run from a model to a merged adapter, and the same steps one by one on the model that stays."""
     method, scorer = METHODS[index % len(METHODS)], SCORERS[index % len(SCORERS)]
     pool, target = prompt_completion(16, seed=index), prompt_completion(4, seed=index + 1)
@@ -75,7 +76,7 @@ def cycle(index: int, folder: Path, resident: nn.Module) -> None:
         ),
         train_dataset=pool,
         target_dataset=target,
-        processing_class=tiny_tokenizer(),
+        processing_class=tokenizer,
     )
     trainer.train()
     trainer.save_model()
@@ -94,7 +95,7 @@ def cycle(index: int, folder: Path, resident: nn.Module) -> None:
     scores.top(0.25).save(folder / "heads.json")
     heads = HeadSet.load(folder / "heads.json")
     selector = P2DDataSelector(
-        resident, tiny_tokenizer(), heads, target, scorer=scorer, ratio=0.5, cache_dir=folder / "scores"
+        resident, tokenizer, heads, target, scorer=scorer, ratio=0.5, cache_dir=folder / "scores"
     )
     assert len(selector.select(pool)) == 8
     assert get_peft_model(resident, HeadSparseConfig(heads=heads)).unload() is resident
@@ -169,13 +170,14 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--cycles must be at least 1, got {args.cycles}")
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    resident, taken = tiny_model(seed=1), []
+    # one tokenizer for all: tokenizers 0.23 keeps some kB of each that was ever used (benchmarks/README.md)
+    resident, tokenizer, taken = tiny_model(seed=1), tiny_tokenizer(), []
     with tempfile.TemporaryDirectory() as name:
         # also the files that libraries put where temporary ones go
         tempfile.tempdir, before = name, tempfile.gettempdir()
         try:
             for index in range(args.cycles):
-                cycle(index, Path(name), resident)
+                cycle(index, Path(name), resident, tokenizer)
                 taken.append(held(Path(name), resident))
                 if not index:
                     gc.freeze()  # the libraries' own objects, now that all is imported: counting them takes most time
