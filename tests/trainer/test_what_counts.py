@@ -3,44 +3,19 @@
 import pytest
 import torch
 from datasets import Dataset
-from transformers import set_seed
-from trl import SFTConfig, SFTTrainer
 
 from p2d_peft import HeadSet, HeadSparseConfig, localize_heads
 
 from ..tiny_data import KINDS, prompt_completion, rows
 from ..tiny_models import tiny_model, tiny_tokenizer
-from .test_p2d_trainer import assert_same_weights, trainer
+from .plain_sft import assert_trains_as, plain_sft
+from .test_p2d_trainer import trainer
 
 
 HEADS = HeadSet([(0, 1), (2, 3)])
+ADAPTER = HeadSparseConfig(heads=HEADS)
 PACKED = {"packing": True, "packing_strategy": "bfd", "max_length": 40}
 COLUMNS = ("input_ids", "labels")
-
-
-def plain_trainer(run, dataset, **kwargs):
-    """`SFTTrainer` with the arguments of a run, and the adapter that it trains."""
-    fields = SFTConfig.__dataclass_fields__
-    args = SFTConfig(**{name: value for name, value in vars(run.args).items() if name in fields})
-    set_seed(0)
-    adapter = HeadSparseConfig(heads=HEADS) if run.args.p2d else None
-    return SFTTrainer(
-        tiny_model(), args, train_dataset=dataset, processing_class=tiny_tokenizer(), peft_config=adapter, **kwargs
-    )
-
-
-def assert_trains_as(run, plain):
-    """What is in front of the models, each step, and what comes of it are the same."""
-    ours, theirs = ([t.train_dataset[column][:] for column in COLUMNS] for t in (run, plain))
-    assert ours == theirs
-    plain.train()
-    keys = ("loss", "grad_norm", "learning_rate", "step", "num_tokens", "mean_token_accuracy")
-    ours, theirs = ([[entry.get(key) for key in keys] for entry in t.state.log_history[:-1]] for t in (run, plain))
-    assert ours == theirs and len(ours) > 0
-    ours, theirs = (
-        {name: p.detach() for name, p in t.model.named_parameters() if p.requires_grad} for t in (run, plain)
-    )
-    assert_same_weights(ours, theirs)
 
 
 def train_on_given_heads(tmp_path, kind, changes, **kwargs):
@@ -62,14 +37,14 @@ def test_the_selected_rows_are_trained_on_as_sft_trainer_would(kind, completion_
     assert len(chosen) == 8
     masked = any(-100 in labels for labels in run.train_dataset["labels"])
     assert masked == (kind != "text" and completion_only_loss is not False)
-    assert_trains_as(run, plain_trainer(run, KINDS[kind](16).select(chosen)))
+    assert_trains_as(run, plain_sft(run, KINDS[kind](16).select(chosen), peft_config=ADAPTER))
 
 
 @pytest.mark.parametrize("completion_only_loss", [None, True, False])
 def test_switched_off_the_losses_are_those_of_sft_trainer(completion_only_loss, tmp_path):
     run = trainer(tmp_path, changes={"p2d": False, "completion_only_loss": completion_only_loss, **PACKED})
     run.train()
-    assert_trains_as(run, plain_trainer(run, prompt_completion(32)))
+    assert_trains_as(run, plain_sft(run, prompt_completion(32)))
 
 
 @pytest.mark.parametrize("kind", ["prompt_completion", "conversational_prompt_completion"])
@@ -78,7 +53,7 @@ def test_the_tokens_that_count_decide_the_scores(kind, tmp_path):
     for completion_only_loss in (True, False):
         changes = {"completion_only_loss": completion_only_loss, "max_steps": 1}
         run = train_on_given_heads(tmp_path, kind, changes)
-        model, plain = tiny_model().eval(), plain_trainer(run, KINDS[kind](16))
+        model, plain = tiny_model().eval(), plain_sft(run, KINDS[kind](16))
         expected = []
         for row in plain.train_dataset:
             ids, labels = (torch.tensor([row[column]]) for column in COLUMNS)
@@ -98,7 +73,7 @@ def test_the_tokens_that_count_decide_the_heads(tmp_path):
         changes = {"completion_only_loss": completion_only_loss, "max_steps": 1, "reference_steps": 0}
         run = trainer(tmp_path, changes={**changes, "localize_method": "taylor", "target_samples": 6})
         run.train()
-        prepared = plain_trainer(run, prompt_completion(6, seed=1)).train_dataset.shuffle(seed=run.args.seed)
+        prepared = plain_sft(run, prompt_completion(6, seed=1)).train_dataset.shuffle(seed=run.args.seed)
         # one sample a batch, so that nothing is padded
         batches = [{column: torch.tensor([row[column]]) for column in COLUMNS} for row in prepared]
         expected = localize_heads(tiny_model(), batches, "taylor", seed=run.args.seed)
@@ -134,14 +109,14 @@ def test_a_formatting_func_makes_the_text_of_pool_and_target(completion_only_los
     run.train()
     chosen = run._p2d_state.rows
     assert len(chosen) == 8
-    assert_trains_as(run, plain_trainer(run, questions().select(chosen), formatting_func=as_text))
+    assert_trains_as(run, plain_sft(run, questions().select(chosen), peft_config=ADAPTER, formatting_func=as_text))
 
 
 def test_the_selected_rows_keep_the_users_columns_and_order(tmp_path):
     changes = {"reference_steps": 0, "max_steps": 1}
     given = {"pool": questions(), "target": questions(4, seed=1), "formatting_func": as_text}
     run = trainer(tmp_path, changes=changes, **given)
-    whole = plain_trainer(run, questions(), formatting_func=as_text).train_dataset
+    whole = plain_sft(run, questions(), formatting_func=as_text).train_dataset
     run.train()
     chosen = run._p2d_state.rows
     assert chosen == sorted(chosen) == run.train_dataset["number"][:]
@@ -152,7 +127,7 @@ def test_the_selected_rows_keep_the_users_columns_and_order(tmp_path):
 def test_a_formatting_func_with_p2d_switched_off_is_that_of_sft_trainer(tmp_path):
     run = trainer(tmp_path, pool=questions(), formatting_func=as_text, changes={"p2d": False, "num_train_epochs": 1})
     run.train()
-    assert_trains_as(run, plain_trainer(run, questions(), formatting_func=as_text))
+    assert_trains_as(run, plain_sft(run, questions(), formatting_func=as_text))
 
 
 @pytest.mark.parametrize("p2d", [True, False])
