@@ -48,7 +48,6 @@ def test_with_given_heads_and_all_rows_it_is_sft_trainer_with_head_sparse_step_f
     assert set(run.report.stage_seconds) == {"train"}
 
 
-@pytest.mark.parametrize("kind", ["text", "prompt_completion", "conversational"])
 def test_without_localizing_and_selecting_it_is_sft_trainer_with_ones_own_adapter(tmp_path):
     lora = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"])
     run = trainer(tmp_path, changes={"data_ratio": 1.0}, peft_config=lora)
@@ -60,7 +59,9 @@ def test_without_localizing_and_selecting_it_is_sft_trainer_with_ones_own_adapte
 def test_the_stages_leave_no_trace_in_the_training(tmp_path):
     # noise tells whether random numbers were drawn before
     run = trainer(tmp_path, changes={"neftune_noise_alpha": 5.0, "reference_steps": 2})
+    given = run.args.to_dict()
     run.train()
+    assert run.args.to_dict() == given
     assert set(run.report.stage_seconds) == {"localize", "select", "train"} and run.report.aer > 0
     rows = prompt_completion(32).select(run._p2d_state.rows)
     plain = plain_sft(run, rows, peft_config=HeadSparseConfig(heads=run.heads, task_type="CAUSAL_LM"))
@@ -123,6 +124,7 @@ def test_trackers_get_the_aer_with_the_trainings_own_last_entry(tmp_path):
     assert {name for name in last if not name.startswith("train_p2d_")} == plain_last.keys()
 
 
+@pytest.mark.parametrize("kind", ["text", "prompt_completion", "conversational"])
 def test_a_stream_gives_the_rows_that_its_list_gives(kind, tmp_path):
     pool, target = KINDS[kind](24), KINDS[kind](4, seed=1)
     changes = {"max_steps": 3, "shuffle_dataset": False}
