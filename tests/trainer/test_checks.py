@@ -58,12 +58,12 @@ def test_a_saved_model_is_checked_without_its_weights(tmp_path):
 
 
 def test_under_zero_3_no_skeleton_is_made_of_a_saved_model(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path)
     # deepspeed, which transformers would import to spread the skeleton's weights, need not be installed for this
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     monkeypatch.setattr(
         integrations.deepspeed, "_hf_deepspeed_config_weak_ref", lambda: SimpleNamespace(is_zero3=lambda: True)
     )
-    tiny_model().save_pretrained(tmp_path)
     assert geometry_of_saved(str(tmp_path)) is None
     assert not check_attention(str(tmp_path), config(tmp_path), HeadSet([(0, 1)]))
 

@@ -44,6 +44,10 @@ def deepspeed(stage: int) -> dict:
 def main(folder: str, batch_size: int, how: str = "", is_chosen: bool = False) -> dict:
     rank = os.environ.get("RANK", "0")
     is_chosen = is_chosen or how == "zero3"
+    model = tiny_model()
+    if how == "zero3":  # from where it is loaded once there are arguments that say so
+        model.save_pretrained(f"{folder}-{rank}")
+        model = f"{folder}-{rank}"
     sharded = {"fsdp": True, "fsdp_config": FSDP2} if how == "fsdp2" else {}
     if how.startswith("zero"):
         take_gloo_for_gpus_of_deepspeed()
@@ -70,10 +74,6 @@ def main(folder: str, batch_size: int, how: str = "", is_chosen: bool = False) -
     )
     if sharded:
         take_gloo_for_gpus(args)
-    model = tiny_model()
-    if how == "zero3":
-        model.save_pretrained(f"{folder}-{rank}")
-        model = f"{folder}-{rank}"
     trainer = P2DTrainer(
         model,
         args,
