@@ -37,3 +37,8 @@ def changed(args: P2DConfig, **values: Any) -> P2DConfig:
     for name, value in values.items():
         setattr(args, name, value)
     return args
+
+
+def spreads_weights_as_loaded(args: TrainingArguments) -> bool:
+    """Whether the model's weights are spread over the processes from the start, which ZeRO-3 alone does."""
+    return args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import init_empty_weights
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.training_args import OptimizerNames
 
 from ..heads import HeadSet, ModelGeometry
+from .arguments import spreads_weights_as_loaded
 from .config import P2DConfig
 
 
@@ -24,7 +26,7 @@ def check_sharding(args: P2DConfig) -> None:
     Raises:
         `ValueError`: if its weights are sharded as soon as it is loaded.
     """
-    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+    if spreads_weights_as_loaded(args):
         raise ValueError(
             "ZeRO-3 shards weights as they are loaded, so heads and rows cannot be looked for in the same run. Find them "
             "first with `p2d heads` and `p2d select`; then pass the rows, `heads=` and `P2DConfig(data_ratio=1.0)`. Or "
@@ -51,6 +53,8 @@ def geometry_of_saved(
 
 def _geometry_of_configured(config: PretrainedConfig, trust_remote_code: bool) -> ModelGeometry | None:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not trust_remote_code:
+        return None
+    if is_deepspeed_zero3_enabled():  # by which transformers spreads weights as it makes them, and here are none
         return None
     with init_empty_weights():
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..heads import HeadSet
 from ..tuners import HeadSparseConfig
+from .arguments import spreads_weights_as_loaded
 from .config import P2DConfig
 
 
@@ -54,7 +55,7 @@ def attach(model: Any, config: HeadSparseConfig, heads: HeadSet, args: P2DConfig
     config = copy.deepcopy(config)
     config.set_heads(heads)
     kwargs = {}
-    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+    if spreads_weights_as_loaded(args):
         # as in SFTTrainer: ZeRO-3 gathers all parameters into buffers of one dtype
         kwargs["autocast_adapter_dtype"] = False
     adapted: PeftModel = get_peft_model(model, config, **kwargs)

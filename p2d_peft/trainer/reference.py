@@ -17,6 +17,7 @@ from ..efficiency import Reference, estimate_reference
 from ..model_state import model_device, model_id, preserved_state
 from ..selection.pool import dataset_of
 from ..step_times import MakeOptimizer, TrainingLoss
+from .arguments import spreads_weights_as_loaded
 from .config import P2DConfig
 from .measured_run import MeasuredRun
 
@@ -118,6 +119,8 @@ def _estimated(
     size = args.per_device_train_batch_size
     drawn = random_rows(trainer, pool, (args.reference_steps + 1) * size, pool_rows, pool_tokens)
     try:
+        if spreads_weights_as_loaded(args):
+            raise ValueError("ZeRO-3 spreads the weights.")
         with training_mode(trainer) as (training_loss, make_optimizer):
             reference = estimate_reference(
                 model,

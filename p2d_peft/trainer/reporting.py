@@ -9,6 +9,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from datasets import Dataset
+from torch import nn
 from transformers import TrainingArguments
 
 from ..efficiency import StageCosts, alignment_efficiency_ratio
@@ -72,14 +73,20 @@ def make_report(trainer: P2DTrainer, state: P2DState | None, costs: StageCosts) 
         selected_tokens=pool_tokens if state is None else state.selected_tokens,
         scorer=None if state is None else state.scorer,
         scoring_heads=None if state is None else _by_layer(state.scoring_heads),
-        trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
-        total_parameters=sum(p.numel() for p in parameters),
+        trainable_parameters=sum(n_weights(p) for p in parameters if p.requires_grad),
+        total_parameters=sum(n_weights(p) for p in parameters),
         arguments=changed_arguments(trainer.args),
     )
 
 
 def _by_layer(heads: HeadSet | None) -> dict[str, list[int]] | None:
     return None if heads is None else heads.to_dict()["heads"]
+
+
+def n_weights(parameter: nn.Parameter) -> int:
+    """How many weights a parameter has. DeepSpeed's ZeRO-3 leaves it empty, and a note on it of how many there are."""
+    count: int = getattr(parameter, "ds_numel", parameter.numel())
+    return count
 
 
 def changed_arguments(args: TrainingArguments) -> dict[str, bool | int | float | str | None]:

@@ -1,4 +1,6 @@
+import os
 import subprocess
+import sys
 
 import pytest
 from accelerate.commands.launch import _validate_launch_command
@@ -6,6 +8,10 @@ from accelerate.commands.launch import _validate_launch_command
 from p2d_peft.cli import main
 from p2d_peft.commands import launch, sft
 from p2d_peft.commands.launch import is_launched, launch_arguments
+from p2d_peft.report import P2DReport
+
+from ..test_docs import ROOT
+from .test_sft import RECIPE
 
 
 @pytest.fixture(autouse=True)
@@ -74,3 +80,24 @@ def test_the_processes_get_what_stands_before_the_command(monkeypatch):
     assert main(["--debug", "sft", "--num_processes", "2", "--use_cpu", "--bf16", "false"]) == 0
     own = ["sft", "--num_processes", "2", "--use_cpu", "--bf16", "false"]
     assert [arguments.training_script_args for arguments in launched] == [["--quiet", *own], ["--debug", *own]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["p2d sft", "accelerate launch"])
+def test_two_processes_train(how, folder, tmp_path):
+    """What docs/many-gpus.md starts, on the CPU: for Accelerate's launcher, several GPUs are several processes."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(folder=folder, output=tmp_path / "out"))
+    launcher = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    command = ["sft", "--config", f"{tmp_path}/recipe.yaml", "--max_steps", "1", "--report_to", "none"]
+    if how == "p2d sft":
+        command = ["-m", "p2d_peft.cli", *command, *launcher]
+    else:
+        command = ["-m", "accelerate.commands.launch", *launcher, "-m", "p2d_peft.cli", *command]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    report = P2DReport.load(tmp_path / "out" / "p2d_report.json")
+    assert report.processes == 2 and set(report.stage_seconds) == {"localize", "select", "train"}
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()

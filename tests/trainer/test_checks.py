@@ -1,24 +1,49 @@
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from transformers import integrations
 
-from p2d_peft.trainer.checks import check_attention, check_optimizer, check_sharding
+from p2d_peft import HeadSet, P2DTrainer
+from p2d_peft.trainer.checks import check_attention, check_optimizer, check_sharding, geometry_of_saved
+from p2d_peft.trainer.choosing import choose
 
+from ..tiny_data import prompt_completion
 from ..tiny_models import tiny_model
-from .test_p2d_trainer import config
+from .test_p2d_trainer import config, trainer
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_only_zero_3_shards_too_early(stage):
-    args = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage))
-    if stage == 2:
-        check_sharding(args)
-    else:
-        with pytest.raises(ValueError, match="ZeRO-3 shards weights as they are loaded"):
-            check_sharding(args)
+def spread(args, stage=3):
+    """As DeepSpeed would have it, without DeepSpeed."""
+    args.deepspeed_plugin = SimpleNamespace(zero_stage=stage)
+    return args
+
+
+def test_only_zero_3_shards_too_early(tmp_path):
+    check_sharding(spread(config(tmp_path), stage=2))
+    with pytest.raises(ValueError, match="ZeRO-3 shards weights as they are loaded"):
+        check_sharding(spread(config(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"heads": HeadSet([(0, 1)])}, {"peft_config": LoraConfig()}], ids=["all", "rows", "rows for LoRA"]
+)
+def test_zero_3_is_refused_before_a_model_is_loaded(given, tmp_path):
+    args = spread(config(tmp_path))
+    with pytest.raises(ValueError, match="Find them first with `p2d heads` and `p2d select`"):
+        P2DTrainer(str(tmp_path / "nowhere"), args, train_dataset=prompt_completion(), **given)
+
+
+def test_under_zero_3_the_reference_is_not_estimated(tmp_path, monkeypatch, caplog):
+    run = trainer(tmp_path, heads=HeadSet([(0, 1)]), changes={"data_ratio": 1.0, "max_steps": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(run.args, "deepspeed_plugin", SimpleNamespace(zero_stage=3))
+        state = choose(run)
+    assert state.reference is None
+    assert "could not be estimated, so there will be no AER: ZeRO-3 spreads the weights." in caplog.text
 
 
 def test_a_saved_model_is_checked_without_its_weights(tmp_path):
@@ -30,6 +55,17 @@ def test_a_saved_model_is_checked_without_its_weights(tmp_path):
     transformers.PersimmonConfig(num_hidden_layers=1).save_pretrained(folder)
     with pytest.raises(ValueError, match="PersimmonForCausalLM"):
         check_attention(str(folder), config(tmp_path))
+
+
+def test_under_zero_3_no_skeleton_is_made_of_a_saved_model(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path)
+    # deepspeed, which transformers would import to spread the skeleton's weights, need not be installed for this
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    monkeypatch.setattr(
+        integrations.deepspeed, "_hf_deepspeed_config_weak_ref", lambda: SimpleNamespace(is_zero3=lambda: True)
+    )
+    assert geometry_of_saved(str(tmp_path)) is None
+    assert not check_attention(str(tmp_path), config(tmp_path), HeadSet([(0, 1)]))
 
 
 def test_an_optimizer_must_hold_what_is_trained():

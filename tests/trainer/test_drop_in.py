@@ -1,5 +1,6 @@
 """What a script may do with `SFTTrainer`, done with `P2DTrainer`."""
 
+import json
 import math
 import time
 
@@ -10,16 +11,17 @@ from datasets import Dataset
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import EarlyStoppingCallback, TrainerCallback
-from trl import SFTConfig, SFTTrainer
 
 from p2d_peft import HeadSet, HeadSparseConfig, P2DDataSelector, P2DTrainer, efficiency
 from p2d_peft.selection.engine import ScoringEngine
 from p2d_peft.selection.policies import Quotas
 from p2d_peft.trainer import choosing
 
+from ..model_checks import snapshot
 from ..quantized_models import load_quantized, save_base
 from ..tiny_data import KINDS, conversational, prompt_completion, rows, text
 from ..tiny_models import tiny_model, tiny_tokenizer
+from .plain_sft import assert_trains_as, plain_sft
 from .test_p2d_trainer import assert_same_weights, config, deltas, trainer
 
 
@@ -40,23 +42,86 @@ def short_run(tmp_path, changes=None, **kwargs):
 def test_with_given_heads_and_all_rows_it_is_sft_trainer_with_head_sparse_step_for_step(tmp_path):
     run = short_run(tmp_path, {"data_ratio": 1.0, "max_steps": -1})
     run.train()
-    args = SFTConfig(
-        **{name: value for name, value in vars(run.args).items() if name in SFTConfig.__dataclass_fields__}
-    )
-    plain = SFTTrainer(
-        tiny_model(),
-        args,
-        train_dataset=prompt_completion(32),
-        processing_class=tiny_tokenizer(),
-        peft_config=HeadSparseConfig(heads=HEADS),
-    )
-    plain.train()
-    keys = ("loss", "grad_norm", "learning_rate", "step", "num_tokens")
-    ours, theirs = ([[entry.get(key) for key in keys] for entry in t.state.log_history[:-1]] for t in (run, plain))
-    assert ours == theirs and len(ours) == 16
-    assert_same_weights(deltas(run.model), deltas(plain.model))
+    assert_trains_as(run, plain_sft(run, prompt_completion(32), peft_config=HeadSparseConfig(heads=HEADS)))
+    assert len(run.state.log_history) == 17
     assert run.selector is None and run.report.scorer is None and run.report.selected_rows == 32
     assert set(run.report.stage_seconds) == {"train"}
+
+
+def test_without_localizing_and_selecting_it_is_sft_trainer_with_ones_own_adapter(tmp_path):
+    lora = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"])
+    run = trainer(tmp_path, changes={"data_ratio": 1.0}, peft_config=lora)
+    run.train()
+    assert_trains_as(run, plain_sft(run, prompt_completion(32), peft_config=lora))
+    assert run.heads is None and set(run.report.stage_seconds) == {"train"}
+
+
+def test_the_stages_leave_no_trace_in_the_training(tmp_path):
+    # noise tells whether random numbers were drawn before
+    run = trainer(tmp_path, changes={"neftune_noise_alpha": 5.0, "reference_steps": 2})
+    given = run.args.to_dict()
+    run.train()
+    assert run.args.to_dict() == given
+    assert set(run.report.stage_seconds) == {"localize", "select", "train"} and run.report.aer > 0
+    rows = prompt_completion(32).select(run._p2d_state.rows)
+    plain = plain_sft(run, rows, peft_config=HeadSparseConfig(heads=run.heads, task_type="CAUSAL_LM"))
+    assert_trains_as(run, plain)
+    ours, theirs = (snapshot(t.model.get_base_model()) for t in (run, plain))
+    for part in ("requires_grad", "training", "hooks", "config", "attention"):
+        assert ours[part] == theirs[part], part
+
+
+@pytest.mark.parametrize("packing", [{}, {"packing": True, "packing_strategy": "wrapped", "max_length": 30}])
+def test_evaluation_is_that_of_sft_trainer_before_in_and_after_the_training(packing, tmp_path):
+    given = {
+        "eval_dataset": {"train": prompt_completion(6, seed=2), "other": prompt_completion(5, seed=3)},
+        "compute_metrics": lambda found: {"right": float((found.predictions == found.label_ids).mean())},
+        "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1),
+    }
+    # all rows, so that what SFTTrainer trains on is known before
+    changes = {"eval_strategy": "steps", "eval_steps": 1, "data_ratio": 1.0, **packing}
+    run = short_run(tmp_path, changes, **given)
+    plain = plain_sft(run, prompt_completion(32), peft_config=HeadSparseConfig(heads=HEADS), **given)
+    names = {f"eval_{name}_{what}" for name in ("train", "other") for what in ("loss", "right")}
+    evaluated = []
+    for trained in (run, plain):
+        metrics = [trained.evaluate(), trained.train().metrics, trained.evaluate()]
+        logged = [entry for entry in trained.state.log_history if names & entry.keys()]
+        predicted = trained.predict(trained.eval_dataset["other"])
+        entries = [metrics[0], metrics[2], *logged]
+        evaluated.append(
+            (
+                [{name: entry[name] for name in names & entry.keys()} for entry in entries],
+                predicted.predictions.tolist(),
+            )
+        )
+    (ours, our_predictions), (theirs, their_predictions) = evaluated
+    assert ours == theirs and names <= ours[0].keys() and ours[0] != ours[1]
+    assert our_predictions == their_predictions
+
+
+class Tracker(TrainerCallback):
+    """What trackers are: callbacks that get each entry of the log."""
+
+    def __init__(self):
+        self.entries = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.entries.append((state.global_step, dict(logs)))
+
+
+def test_trackers_get_the_aer_with_the_trainings_own_last_entry(tmp_path):
+    tracker, plain_tracker = Tracker(), Tracker()
+    run = trainer(tmp_path, callbacks=[tracker])
+    run.train()
+    rows = prompt_completion(32).select(run._p2d_state.rows)
+    plain_sft(run, rows, peft_config=HeadSparseConfig(heads=run.heads), callbacks=[plain_tracker]).train()
+    assert [step for step, _ in tracker.entries] == [step for step, _ in plain_tracker.entries]
+    for (_, ours), (_, theirs) in zip(tracker.entries[:-1], plain_tracker.entries[:-1], strict=True):
+        assert ours.keys() == theirs.keys()
+    last, plain_last = tracker.entries[-1][1], plain_tracker.entries[-1][1]
+    assert last["train_p2d_aer"] == run.report.aer and "train_runtime" in last
+    assert {name for name in last if not name.startswith("train_p2d_")} == plain_last.keys()
 
 
 @pytest.mark.parametrize("kind", ["text", "prompt_completion", "conversational"])
@@ -248,6 +313,7 @@ def test_the_best_checkpoint_comes_back_and_old_ones_go(tmp_path):
     )
     run.train()
     losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
+    assert run.state.global_step == min(losses.index(min(losses)) + 1 + 2, 5)
     assert run.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
     assert len(list(tmp_path.glob("checkpoint-*"))) <= 2
     best = PeftModel.from_pretrained(tiny_model(), run.state.best_model_checkpoint)
@@ -276,42 +342,51 @@ def test_options_of_sft_trainer_work_as_there(changes, tmp_path):
     run = short_run(tmp_path, changes)
     run.train()
     assert all((delta != 0).any() and delta.isfinite().all() for delta in deltas(run.model).values())
+    rows = prompt_completion(32).select(run._p2d_state.rows)
+    assert_trains_as(run, plain_sft(run, rows, peft_config=HeadSparseConfig(heads=HEADS, task_type="CAUSAL_LM")))
     merged = run.model.merge_and_unload()
     names = {name for name, module in merged.named_modules() if module._forward_hooks or module._forward_pre_hooks}
     assert names <= {"model.embed_tokens"}  # where reentrant checkpoints need an input with a gradient
 
 
 @OTHER_LOSSES
-def test_losses_and_metrics_of_ones_own(tmp_path):
+def test_losses_of_ones_own(tmp_path):
     seen = []
 
     def loss(outputs, labels, num_items_in_batch=None):
-        seen.append(outputs.logits.shape)
+        seen.append(num_items_in_batch)
         logits, labels = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        return torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100)
+        total = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+        return 2 * total / num_items_in_batch
 
-    run = short_run(
-        tmp_path,
-        eval_dataset=prompt_completion(6, seed=2),
-        compute_loss_func=loss,
-        compute_metrics=lambda prediction: {"shape": prediction.predictions.ndim},
-        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
-    )
+    run = short_run(tmp_path, {"gradient_accumulation_steps": 2}, compute_loss_func=loss)
     run.train()
-    assert seen and run.evaluate()["eval_shape"] == 2
+    assert len(seen) == 4 and all(count > 0 for count in seen)
+    rows = prompt_completion(32).select(run._p2d_state.rows)
+    adapter = HeadSparseConfig(heads=HEADS)
+    assert_trains_as(run, plain_sft(run, rows, peft_config=adapter, compute_loss_func=loss))
 
 
-def test_assistant_only_loss_and_tools(tmp_path):
+TOOLS_TEMPLATE = (
+    "{% for tool in tools or [] %}{{ 'tool ' + tool['function']['name'] + ' ' }}{% endfor %}"
+    "{% for message in messages %}{{ message['role'] + ' ' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{% else %}{{ message['content'] }}"
+    "{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_assistant_only_loss_and_tools(as_json, tmp_path):
     def with_tools(n, seed=0):
-        return conversational(n, seed).add_column("tools", [[] for _ in range(n)])
+        # each row has a tool of its own
+        names = [row["task"] + "tool" for row in rows(n, seed)]
+        tools = [
+            [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}] for name in names
+        ]
+        return conversational(n, seed).add_column("tools", [json.dumps(t) for t in tools] if as_json else tools)
 
-    template = (
-        "{% for message in messages %}{{ message['role'] + ' ' }}{% if message['role'] == 'assistant' %}"
-        "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{% else %}{{ message['content'] }}"
-        "{% endif %}{% endfor %}"
-    )
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = template
+    tokenizer.chat_template = TOOLS_TEMPLATE
     run = P2DTrainer(
         tiny_model(),
         config(tmp_path, assistant_only_loss=True, max_steps=1, reference_steps=0),
@@ -320,5 +395,12 @@ def test_assistant_only_loss_and_tools(tmp_path):
         processing_class=tokenizer,
     )
     run.train()
-    assert len(run.train_dataset) == 6
-    assert all(-100 in labels for labels in run.train_dataset["labels"])
+    chosen = run._p2d_state.rows
+    assert len(chosen) == 6
+    for row, task in zip(run.train_dataset, [rows(12)[number]["task"] for number in chosen], strict=True):
+        assert tokenizer.decode(row["input_ids"]).startswith(f"tool {task}tool user ")
+        answer = [label for label in row["labels"] if label != -100]
+        assert tokenizer.decode(answer) == row["messages"][1]["content"] + "</s>"
+    adapter = HeadSparseConfig(heads=run.heads, task_type="CAUSAL_LM")
+    given = {"peft_config": adapter, "processing_class": tokenizer}
+    assert_trains_as(run, plain_sft(run, with_tools(12).select(chosen), **given))

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import time
 
@@ -18,6 +17,7 @@ from p2d_peft.trainer import arguments, choosing
 from ..model_checks import assert_unchanged, snapshot
 from ..tiny_data import KINDS, prompt_completion, text
 from ..tiny_models import FEW, tiny_model, tiny_tokenizer
+from .plain_sft import assert_trains_as, plain_sft
 
 
 def config(tmp_path, **changes):
@@ -281,16 +281,9 @@ def test_switched_off_it_is_sft_trainer_step_for_step(tmp_path):
     lora = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"])
     run = trainer(tmp_path, changes={"p2d": False}, peft_config=lora)
     run.train()
-    shared = {field.name for field in dataclasses.fields(SFTConfig)}
-    args = SFTConfig(**{name: value for name, value in vars(run.args).items() if name in shared})
-    plain = SFTTrainer(
-        tiny_model(), args, train_dataset=prompt_completion(32), processing_class=tiny_tokenizer(), peft_config=lora
-    )
-    plain.train()
-    keys = ("loss", "grad_norm", "learning_rate", "step")
-    ours, theirs = ([[entry.get(key) for key in keys] for entry in t.state.log_history[:-1]] for t in (run, plain))
-    assert ours == theirs and len(ours) == 16
-    assert_same_weights(dict(run.model.named_parameters()), dict(plain.model.named_parameters()))
+    plain = plain_sft(run, prompt_completion(32), peft_config=lora)
+    assert_trains_as(run, plain)
+    assert len(run.state.log_history) == 17
     assert set(run.state.log_history[-1]) == set(plain.state.log_history[-1])
 
 
