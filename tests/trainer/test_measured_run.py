@@ -34,6 +34,7 @@ FULL = P2DReport(
     selected_rows=100,
     selected_tokens=1000,
     scorer=None,
+    scoring_heads=None,
     trainable_parameters=1000,
     total_parameters=1000,
     arguments={},
