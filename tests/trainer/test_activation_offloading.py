@@ -58,7 +58,7 @@ def test_activations_are_offloaded_in_training_steps_and_nowhere_else(tmp_path, 
     # the reference is full fine-tuning with the same options: a step to warm up, and one that is timed
     assert before == [0] and context.entered == 2 + run.state.global_step == 10
     offloaded = [kept for kept, moved, *_ in context.tracker.values() if moved]
-    assert context.tensor_id > 50 and all(tensor.dtype == torch.bool or tensor.numel() == 1 for tensor in offloaded)
+    assert context.tensor_id > 20 and all(tensor.dtype == torch.bool or tensor.numel() == 1 for tensor in offloaded)
     trained = {p.untyped_storage().data_ptr() for p in run.model.parameters() if p.requires_grad}
     assert trained <= context.param_storages  # which stay where they are
     assert_same_weights(deltas(run.model), deltas(plain.model))
