@@ -57,7 +57,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedul
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from p2d_peft import HeadScores, HeadSet, HeadSparseConfig, P2DConfig, localize_heads
+from p2d_peft import HeadScores, HeadSet, HeadSparseConfig, localize_heads
 from p2d_peft.files import read_json, write_json
 from p2d_peft.heads.geometry import ROLES, ModelGeometry, base_layer
 from p2d_peft.heads.localize import LocalizeMethod
@@ -78,11 +78,12 @@ MAX_GRADIENT_NORM = 1.0
 FIXED = ("samples", "rows", "epochs", "test_rows", "batch_size")
 
 
+LAST_LAYERS = 0.33
 CHOICES: dict[str, Callable[[HeadScores, float], HeadSet]] = {
     "global": lambda scores, ratio: scores.top(ratio),
     "spread": lambda scores, ratio: scores.top(ratio, per_layer="even"),
     "groups": lambda scores, ratio: scores.top(ratio, per_group=1),
-    "last": lambda scores, ratio: scores.top(ratio, per_layer="even", last_layers=P2DConfig.train_last_layers),
+    "last": lambda scores, ratio: scores.top(ratio, per_layer="even", last_layers=LAST_LAYERS),
 }
 
 

@@ -74,7 +74,7 @@ def a_profile(**changes):
                 "settings": ["mixed"],
                 "targets": ["copy", "count"],
                 "data": ["affinity:proxy/first/robin"],
-                "parameters": ["heads:proxy/last", "lora-attention"],
+                "parameters": ["heads:proxy", "lora-attention"],
                 "epochs": [3],
             },
             {
@@ -237,6 +237,7 @@ def evidence_of(sides):
 
 SIDES = {
     claims.P2D: (30, 8.0, 1.0),
+    (claims.P2D[0], claims.CHEAP): (30, 8.0, 1.0),
     (claims.P2D[0], "heads:random/last"): (20, 8.0, 1.5),
     claims.LORA: (28, 9.0, 1.2),
     ("random", "heads:proxy/last"): (15, 8.0, 2.0),
@@ -269,7 +270,8 @@ def test_defaults_stand_against_what_was_run_in_their_place():
     found = {
         (a.field, a.instead): (comparison, seconds) for a, comparison, seconds in defaults.measured(evidence_of(SIDES))
     }
-    assert set(found) == {("localize_method", "random heads"), ("scorer", "random rows")}
+    layers = ("train_last_layers", "heads of the last third of the layers")
+    assert set(found) == {layers, ("localize_method", "random heads"), ("scorer", "random rows")}
     comparison, seconds = found["scorer", "random rows"]
     assert comparison.exact_match["mean"] == pytest.approx(15 / 40) and seconds == 1.0
     slow = evidence_of({**SIDES, ("affinity:proxy/robin", "heads:proxy/last"): (30, 16.0, 1.0)})
@@ -279,8 +281,9 @@ def test_defaults_stand_against_what_was_run_in_their_place():
 @pytest.mark.parametrize("alternative", defaults.ALTERNATIVES, ids=lambda a: f"{a.field}-{a.instead}")
 def test_what_stands_in_a_defaults_place_is_in_the_full_profile(alternative):
     cells = profile.Profile.read(PROFILES[0].with_name("full.yaml")).cells()
-    side = (profile.Data.read(alternative.data), profile.Parameters.read(alternative.parameters))
-    assert (alternative.setting, *side, claims.EPOCHS) in {(c.setting, c.data, c.parameters, c.epochs) for c in cells}
+    declared = {(cell.setting, str(cell.data), str(cell.parameters), cell.epochs) for cell in cells}
+    for side in (alternative.ours, alternative.theirs):
+        assert (alternative.setting, *side, claims.EPOCHS) in declared
     assert alternative.field in {field.name for field in dataclasses.fields(P2DConfig)}
 
 

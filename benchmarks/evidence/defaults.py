@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from p2d_peft import P2DConfig
 
-from .claims import EPOCHS, P2D
+from .claims import CHEAP, EPOCHS, P2D
 from .summary import Comparison, Evidence, compare
 
 
@@ -18,43 +18,51 @@ class Alternative:
     Args:
         field (`str`): The field of `P2DConfig`.
         instead (`str`): What stands in the default's place, in words.
-        data (`str`), parameters (`str`): The side that has it.
+        ours (`tuple[str, str]`), theirs (`tuple[str, str]`): Data and parameters of the sides.
         setting (`str`): Where the two are compared.
     """
 
     field: str
     instead: str
-    data: str = P2D[0]
-    parameters: str = P2D[1]
+    ours: tuple[str, str]
+    theirs: tuple[str, str]
     setting: str = "mixed"
 
     @property
     def default(self) -> str:
         """The field with its default."""
-        value = getattr(P2DConfig, self.field)
-        return f"{self.field}={'proxy' if self.field == 'localize_method' else value}"
+        value = "proxy" if self.field == "localize_method" else getattr(P2DConfig, self.field)
+        return f"{self.field}={value}"
+
+
+def _weights(field: str, instead: str, parameters: str) -> Alternative:
+    return Alternative(field, instead, (P2D[0], CHEAP), (P2D[0], parameters))
+
+
+def _rows(field: str, instead: str, data: str, setting: str = "mixed") -> Alternative:
+    return Alternative(field, instead, (P2D[0], CHEAP), (data, CHEAP), setting)
 
 
 ALTERNATIVES = (
-    Alternative("localize_method", "random heads", parameters="heads:random/last"),
-    Alternative("localize_method", "`gate`", parameters="heads:gate/last"),
-    Alternative("localize_method", "`gain`", parameters="heads:gain/last"),
-    Alternative("train_last_layers", "heads of all layers", parameters="heads:proxy"),
-    Alternative("head_ratio", "a hundredth", parameters="heads:proxy/last@0.01"),
-    Alternative("head_ratio", "a twentieth", parameters="heads:proxy/last@0.05"),
-    Alternative("head_ratio", "three tenths", parameters="heads:proxy/last@0.3"),
-    Alternative("scorer", "random rows", data="random"),
-    Alternative("scorer", "random rows", data="random", setting="own"),
-    Alternative("scorer", "`rds`", data="rds/robin"),
-    Alternative("scorer", "`bm25`", data="bm25/robin"),
-    Alternative("scorer", "`gradient`", data="gradient:proxy/robin"),
-    Alternative("scorer", "`icl`, the paper's", data="icl:proxy"),
-    Alternative("score_first_layers", "heads of all layers", data="affinity:proxy/robin"),
-    Alternative("round_robin", "the best scores", data="affinity:proxy/first", setting="own"),
-    Alternative("data_ratio", "a hundredth", data=f"{P2D[0]}@0.01"),
-    Alternative("data_ratio", "a twentieth", data=f"{P2D[0]}@0.05"),
-    Alternative("data_ratio", "three tenths", data=f"{P2D[0]}@0.3"),
-    Alternative("data_ratio", "all rows", data="full"),
+    Alternative("train_last_layers", "heads of the last third of the layers", P2D, (P2D[0], CHEAP)),
+    _weights("localize_method", "random heads", "heads:random/last"),
+    _weights("localize_method", "`gate`", "heads:gate/last"),
+    _weights("localize_method", "`gain`", "heads:gain/last"),
+    _weights("head_ratio", "a hundredth", f"{CHEAP}@0.01"),
+    _weights("head_ratio", "a twentieth", f"{CHEAP}@0.05"),
+    _weights("head_ratio", "three tenths", f"{CHEAP}@0.3"),
+    _rows("scorer", "random rows", "random"),
+    _rows("scorer", "random rows", "random", "own"),
+    _rows("scorer", "`rds`", "rds/robin"),
+    _rows("scorer", "`bm25`", "bm25/robin"),
+    _rows("scorer", "`gradient`", "gradient:proxy/robin"),
+    _rows("scorer", "`icl`, the paper's", "icl:proxy"),
+    _rows("score_first_layers", "heads of all layers", "affinity:proxy/robin"),
+    _rows("round_robin", "the best scores", "affinity:proxy/first", "own"),
+    _rows("data_ratio", "a hundredth", f"{P2D[0]}@0.01"),
+    _rows("data_ratio", "a twentieth", f"{P2D[0]}@0.05"),
+    _rows("data_ratio", "three tenths", f"{P2D[0]}@0.3"),
+    _rows("data_ratio", "all rows", "full"),
 )
 
 
@@ -62,8 +70,9 @@ def measured(evidence: Evidence) -> list[tuple[Alternative, Comparison, float]]:
     """The alternatives that were run, how the default compares with each, and its seconds over theirs."""
     found = []
     for alternative in ALTERNATIVES:
-        theirs = (alternative.data, alternative.parameters)
-        comparison = compare(evidence, P2D, theirs, setting=alternative.setting, epochs=EPOCHS)
+        comparison = compare(
+            evidence, alternative.ours, alternative.theirs, setting=alternative.setting, epochs=EPOCHS
+        )
         if comparison is not None:
             found.append((alternative, comparison, _seconds(evidence, alternative, comparison)))
     return found
@@ -75,6 +84,6 @@ def _seconds(evidence: Evidence, alternative: Alternative, comparison: Compariso
             evidence.lines[(alternative.setting, target, *side, EPOCHS)].seconds("localize", "select", "train")
             for target in comparison.of_targets
         )
-        for side in (P2D, (alternative.data, alternative.parameters))
+        for side in (alternative.ours, alternative.theirs)
     )
     return ours / theirs

@@ -22,8 +22,7 @@ PICTURES = {
     "aer.svg": "Exact match against AER, a point for each line of the mixed pool's table; P2D in orange",
     "stages.svg": "Seconds by stage, of P2D and of full fine-tuning on all rows",
     "ratios.svg": "Exact match over the share of the heads and over the share of the rows",
-    "heads.svg": "Scores of the heads by `proxy` for each target; framed are those of the first third, which score rows, and "
-    "those of the last third, which are trained",
+    "heads.svg": "Scores of the heads by `proxy` for each target; framed are those to train, of all layers",
 }
 SETTINGS_TEXT = {
     "mixed": "One task in a mixed pool: eight tasks, as many rows of each",
@@ -95,7 +94,7 @@ def _defaults(evidence: Evidence) -> str:
         [
             f"`{alternative.default}`",
             alternative.instead,
-            alternative.setting,
+            f"{alternative.setting}: {', '.join(comparison.of_targets)}",
             claims.points(comparison.exact_match),
             claims.nll_text(comparison),
             f"{seconds:.2f}",
@@ -114,7 +113,8 @@ def _defaults(evidence: Evidence) -> str:
         "seconds, over the other's",
     ]
     return (
-        "Each row has P2DTrainer's defaults against the same with one thing changed.\n\n"
+        "Each row has one choice of P2DTrainer's defaults against another, everything else being the same. All but the "
+        "first row train heads of the last third of the layers on both sides, which is cheaper.\n\n"
         f"{_markdown([*header, 'pairs'], rows)}"
     )
 
@@ -203,7 +203,7 @@ def _overlap(evidence: Evidence, results: Path) -> str:
     for path in sorted((results / HEADS).glob("*-proxy-seed*.json")):
         target, _, rest = path.stem.partition("-proxy-seed")
         scores = HeadScores.from_dict(read_json(path)["scores"])
-        sets[target, int(rest)] = CHOICES["last"](scores, P2DConfig.head_ratio)
+        sets[target, int(rest)] = CHOICES["spread"](scores, P2DConfig.head_ratio)
     between: dict[str, list[float]] = {"of two seeds of one target": [], "of two targets": []}
     for ((target, seed), a), ((other, other_seed), b) in itertools.combinations(sets.items(), 2):
         share = len(a & b) / len(a)

@@ -65,9 +65,10 @@ def test_trains_the_chosen_heads_on_the_chosen_rows_and_nothing_else(name, tmp_p
     run = trainer(tmp_path, model)
     pool = run.train_dataset
     run.train()
-    # by default heads of the last layers are trained, and those of the first ones score
-    assert len(run.heads) == 3 and run.head_scores.top(0.25, last_layers=0.33) == run.heads
-    assert run.heads.layers == (2,) and run.selector.engine.heads.layers == (0,)
+    # by default heads of all layers are trained, and those of the first ones score
+    assert len(run.heads) == 3 and run.head_scores.top(0.25, per_layer=1) == run.heads
+    assert run.selector.engine.heads == run.head_scores.top(0.25, first_layers=0.33)
+    assert run.selector.engine.heads.layers == (0,)
     assert len(run.train_dataset) == 16
     assert all(row in pool["input_ids"][:] for row in run.train_dataset["input_ids"])
     assert {n for n, p in run.model.named_parameters() if p.requires_grad} == set(deltas(run.model))
@@ -92,7 +93,7 @@ def test_trains_the_chosen_heads_on_the_chosen_rows_and_nothing_else(name, tmp_p
 
 
 def test_the_papers_form_is_one_set_of_heads_and_the_best_scores(tmp_path):
-    paper = {"train_last_layers": 1.0, "score_first_layers": 1.0, "round_robin": False}
+    paper = {"score_first_layers": 1.0, "round_robin": False}
     run = trainer(tmp_path, changes=paper)
     run.train()
     assert run.heads == run.selector.engine.heads == run.head_scores.top(0.25, per_layer="even")
@@ -103,7 +104,7 @@ def test_the_papers_form_is_one_set_of_heads_and_the_best_scores(tmp_path):
 
 def test_the_samples_of_the_target_take_turns_and_the_forward_pass_ends_early(tmp_path):
     model = tiny_model()
-    run = trainer(tmp_path, model, changes={"num_train_epochs": 1})
+    run = trainer(tmp_path, model, changes={"num_train_epochs": 1, "train_last_layers": 0.33})
     passed, choose_rows = [], P2DDataSelector.select
     for index, layer in enumerate(model.model.layers):
         layer.self_attn.register_forward_pre_hook(lambda *_, index=index: passed.append(index))
@@ -127,7 +128,7 @@ def test_the_samples_of_the_target_take_turns_and_the_forward_pass_ends_early(tm
 
 
 def test_what_is_trained_scores_where_that_costs_no_more(tmp_path):
-    by_gradient = trainer(tmp_path / "gradient", changes={"scorer": "gradient"})
+    by_gradient = trainer(tmp_path / "gradient", changes={"scorer": "gradient", "train_last_layers": 0.33})
     by_gradient.train()
     assert by_gradient.selector.engine.heads == by_gradient.heads and by_gradient.heads.layers == (2,)
     given = HeadSet([(0, 1), (2, 2)])
