@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cycles", type=int, default=200)
-    parser.add_argument("--most-memory", type=float, default=50.0, help="growth in kB a cycle that counts as none")
+    parser.add_argument("--most-memory", type=float, default=10.0, help="growth in kB a cycle that counts as none")
     parser.add_argument("--output", type=Path, help="write the numbers to this file as JSON")
     args = parser.parse_args(arguments)
     if args.cycles < 1:
