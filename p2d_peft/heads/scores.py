@@ -150,20 +150,18 @@ class HeadScores:
                 scores do not admit `cost_aware`.
         """
         count = number_of_heads(ratio, k, self.n_heads)
-        if per_layer != "even":
-            layer_bounds(per_layer)
         if per_group is not None:
             check_count("per_group", per_group)
         if cost_aware:
             self._check_cost_aware()
         choose = best_for_the_time if cost_aware else best_cells
-        cells = None
+        groups, cells = self._groups(), None
         for values in self._parts(first_layers, last_layers):
             if count > int((~values.isnan()).sum()):
                 continue
             of_layer = even_bound(values, count) if per_layer == "even" else per_layer
             least, most = layer_bounds(of_layer)
-            bounds = Bounds(least, most, math.inf if per_group is None else per_group, self._groups())
+            bounds = Bounds(least, most, math.inf if per_group is None else per_group, groups)
             cells = choose(values, count, bounds)
             if cells is not None:
                 break

@@ -112,15 +112,24 @@ def _measured(trainer: P2DTrainer, run: MeasuredRun, pool_rows: int | None) -> R
     return Reference(run.seconds_per_epoch, "measured")
 
 
+def _warn_of_no_estimate(reason: str | Exception) -> None:
+    logger.warning(
+        "The reference could not be estimated, so there will be no AER: %s Pass `reference_seconds` or "
+        "`reference_report` if you have measured it, or `reference_steps=0` to go without.",
+        reason,
+    )
+
+
 def _estimated(
     trainer: P2DTrainer, pool: Dataset | IterableDataset, pool_rows: int, pool_tokens: int
 ) -> Reference | None:
     args, model = trainer.args, trainer.model
+    if spreads_weights_as_loaded(args):
+        _warn_of_no_estimate("ZeRO-3 spreads the weights.")
+        return None
     size = args.per_device_train_batch_size
     drawn = random_rows(trainer, pool, (args.reference_steps + 1) * size, pool_rows, pool_tokens)
     try:
-        if spreads_weights_as_loaded(args):
-            raise ValueError("ZeRO-3 spreads the weights.")
         with training_mode(trainer) as (training_loss, make_optimizer):
             reference = estimate_reference(
                 model,
@@ -131,11 +140,7 @@ def _estimated(
                 steps_per_epoch=steps_of_an_epoch(args, pool_rows, pool_tokens),
             )
     except (ValueError, torch.OutOfMemoryError) as error:
-        logger.warning(
-            "The reference could not be estimated, so there will be no AER: %s Pass `reference_seconds` or "
-            "`reference_report` if you have measured it, or `reference_steps=0` to go without.",
-            error,
-        )
+        _warn_of_no_estimate(error)
         return None
     if reference.relative_error is not None and reference.relative_error > WIDE:
         logger.warning(

@@ -9,8 +9,8 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from datasets import Dataset
-from torch import nn
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import get_model_param_count
 
 from ..efficiency import StageCosts, alignment_efficiency_ratio
 from ..heads import HeadSet, ModelGeometry
@@ -44,7 +44,6 @@ def make_report(trainer: P2DTrainer, state: P2DState | None, costs: StageCosts) 
     reference_seconds = reference.seconds_per_epoch * epochs if reference is not None and epochs > 0 else None
     aer = None if reference_seconds is None else alignment_efficiency_ratio(costs.seconds, reference_seconds)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    parameters = list(model.parameters())
     # where no heads were needed, it may be a model whose heads are not known
     geometry = None if state is None or state.heads is None else ModelGeometry.of(model)
     pool_rows, pool_tokens = _size_of_all(trainer) if state is None else (state.pool_rows, state.pool_tokens)
@@ -73,20 +72,14 @@ def make_report(trainer: P2DTrainer, state: P2DState | None, costs: StageCosts) 
         selected_tokens=pool_tokens if state is None else state.selected_tokens,
         scorer=None if state is None else state.scorer,
         scoring_heads=None if state is None else _by_layer(state.scoring_heads),
-        trainable_parameters=sum(n_weights(p) for p in parameters if p.requires_grad),
-        total_parameters=sum(n_weights(p) for p in parameters),
+        trainable_parameters=get_model_param_count(model, trainable_only=True),
+        total_parameters=get_model_param_count(model),
         arguments=changed_arguments(trainer.args),
     )
 
 
 def _by_layer(heads: HeadSet | None) -> dict[str, list[int]] | None:
     return None if heads is None else heads.to_dict()["heads"]
-
-
-def n_weights(parameter: nn.Parameter) -> int:
-    """How many weights a parameter has. DeepSpeed's ZeRO-3 leaves it empty, and a note on it of how many there are."""
-    count: int = getattr(parameter, "ds_numel", parameter.numel())
-    return count
 
 
 def changed_arguments(args: TrainingArguments) -> dict[str, bool | int | float | str | None]:
