@@ -37,24 +37,25 @@ import copy
 import gc
 import random
 import statistics
+import sys
 import tempfile
-import time
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from environment import load_average, machine, versions
+from environment import command, load_average, machine, now, versions
+from model_shape import SHAPES, load_model
 from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
 
 from p2d_peft import HeadSet, HeadSparseConfig
 from p2d_peft.files import write_json
@@ -113,30 +114,40 @@ def floor(name: str, base: nn.Module, lowest: int) -> Arm:
     return Arm(name, model, lowest, None)
 
 
-def build_arms(base: nn.Module, heads: dict[str, HeadSet], r: int) -> list[Arm]:
-    """All arms; those that train less than all weights share those of `base`."""
-    full = Arm("full", copy.deepcopy(base).train(), 0, None)
-    full.optimizer = torch.optim.AdamW(full.model.parameters(), lr=1e-4, fused=True)
-    for parameter in base.parameters():
-        parameter.requires_grad = False
+def full(base: nn.Module) -> Arm:
+    """The arm that trains all weights, which are its own."""
+    model = copy.deepcopy(base).requires_grad_(True).train()
+    return Arm("full", model, 0, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True))
 
+
+def makers(base: nn.Module, heads: dict[str, HeadSet], r: int) -> dict[str, Callable[[], Arm]]:
+    """What makes each arm, by its name; those that train less than all weights share those of `base`."""
     geometry = ModelGeometry.of(base)
-    targets = [attention.units(role).module for attention in geometry.values() for role in ROLES]
-    arms = [full]
-    for where, chosen in heads.items():
-        lowest = min(chosen.layers)
-        arms.append(floor(f"floor_{where}", base, lowest))
-        arm = adapted(f"head_sparse_{where}", base, HeadSparseConfig(heads=chosen), lowest)
-        arms.append(arm)
-        arms.append(adapted(f"head_sparse_qo_{where}", base, HeadSparseConfig(heads=chosen, share_kv=False), lowest))
+    targets = list(dict.fromkeys(attention.units(role).module for attention in geometry.values() for role in ROLES))
+
+    def head_sparse(name: str, chosen: HeadSet, **options: Any) -> Arm:
+        return adapted(name, base, HeadSparseConfig(heads=chosen, **options), min(chosen.layers))
+
+    def matched_lora(name: str, where: str) -> Arm:
+        lowest = min(heads[where].layers)
+        n_trained = sum(parameter.numel() for parameter in head_sparse("", heads[where]).trained)
         in_reach = [name for name in targets if where == "anywhere" or _layer_of(geometry, name) >= lowest]
-        a_rank = sum(sum(base.get_submodule(name).weight.shape) for name in set(in_reach))
-        matched_r = max(1, sum(parameter.numel() for parameter in arm.trained) // a_rank)
-        config = LoraConfig(r=matched_r, lora_alpha=matched_r, target_modules=in_reach)
-        arms.append(adapted(f"lora_matched_{where}", base, config, _layer_of(geometry, in_reach[0])))
-    arms.append(adapted(f"lora_r{r}", base, LoraConfig(r=r, lora_alpha=r, target_modules=targets), 0))
-    arms.append(adapted(f"shira_r{r}", base, ShiraConfig(r=r, random_seed=0, target_modules=targets), 0))
-    return arms
+        a_rank = sum(sum(base.get_submodule(name).weight.shape) for name in in_reach)
+        r = max(1, n_trained // a_rank)
+        config = LoraConfig(r=r, lora_alpha=r, target_modules=in_reach)
+        return adapted(name, base, config, _layer_of(geometry, in_reach[0]))
+
+    lora = LoraConfig(r=r, lora_alpha=r, target_modules=targets)
+    shira = ShiraConfig(r=r, random_seed=0, target_modules=targets)
+    found: dict[str, Callable[[], Arm]] = {"full": partial(full, base)}
+    for where, chosen in heads.items():
+        found[f"floor_{where}"] = partial(floor, f"floor_{where}", base, min(chosen.layers))
+        found[f"head_sparse_{where}"] = partial(head_sparse, f"head_sparse_{where}", chosen)
+        found[f"head_sparse_qo_{where}"] = partial(head_sparse, f"head_sparse_qo_{where}", chosen, share_kv=False)
+        found[f"lora_matched_{where}"] = partial(matched_lora, f"lora_matched_{where}", where)
+    found[f"lora_r{r}"] = partial(adapted, f"lora_r{r}", base, lora, 0)
+    found[f"shira_r{r}"] = partial(adapted, f"shira_r{r}", base, shira, 0)
+    return found
 
 
 def _layer_of(geometry: ModelGeometry, projection: str) -> int:
@@ -161,7 +172,7 @@ def choose_heads(geometry: ModelGeometry, ratio: float, seed: int) -> dict[str, 
 def time_rounds(
     arms: list[Arm], batch: dict[str, torch.Tensor], rounds: int, warmup: int, seed: int
 ) -> dict[str, list]:
-    """Seconds of one step of each arm in each round."""
+    """Seconds of one step of each arm in each round; on an accelerator, until it is done."""
     seconds: dict[str, list[float]] = defaultdict(list)
     generator = random.Random(seed)
     gc.collect()
@@ -169,10 +180,10 @@ def time_rounds(
     try:
         for number in range(warmup + rounds):
             for arm in generator.sample(arms, len(arms)):
-                start = time.perf_counter()
+                start = now()
                 arm.step(batch)
                 if number >= warmup:
-                    seconds[arm.name].append(time.perf_counter() - start)
+                    seconds[arm.name].append(now() - start)
             gc.collect()
     finally:
         gc.enable()
@@ -308,31 +319,35 @@ def ratio(seconds: dict[str, list[float]], numerator: str, denominator: str) -> 
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
+    arguments = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or Hub id of a causal language model")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", help="folder or Hub id of a causal language model")
+    source.add_argument("--shape", choices=SHAPES, help="random weights in the shape of a model, made on the device")
     parser.add_argument("--rounds", type=int, default=40, help="timed steps of each arm (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=3, help="rounds before those (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens of the one row (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=1, help="rows of the batch (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of a row (default: %(default)s)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="(default: %(default)s)")
     parser.add_argument("--ratio", type=float, default=0.1, help="share of the heads to train (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of heads, tokens and turns (default: %(default)s)")
     parser.add_argument("--arms", nargs="+", help="only these: the fewer, the closer in time are those of a round")
     parser.add_argument("--output", type=Path, help="where to write the numbers as JSON")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments)
     if args.rounds < 2:
         parser.error("--rounds must be at least 2")
 
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
-    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    base = load_model(args.model, args.shape, getattr(torch, args.dtype)).requires_grad_(False)
     base.config.use_cache = False
-    input_ids = torch.randint(base.config.vocab_size, (1, args.tokens))
+    input_ids = torch.randint(base.config.vocab_size, (args.rows, args.tokens), device=base.device)
     batch = {"input_ids": input_ids, "labels": input_ids.clone()}
     heads = choose_heads(ModelGeometry.of(base), args.ratio, args.seed)
-    arms = build_arms(base, heads, r=16)
-    if args.arms is not None:
-        if unknown := set(args.arms) - {arm.name for arm in arms}:
-            parser.error(f"--arms: there is no {', '.join(sorted(unknown))}, only {', '.join(a.name for a in arms)}")
-        arms = [arm for arm in arms if arm.name in args.arms]
+    make = makers(base, heads, r=16)
+    if unknown := set(args.arms or ()) - set(make):
+        parser.error(f"--arms: there is no {', '.join(sorted(unknown))}, only {', '.join(make)}")
+    arms = [make[name]() for name in make if args.arms is None or name in args.arms]
 
     load_before = load_average()
     seconds = time_rounds(arms, batch, args.rounds, args.warmup, args.seed)
@@ -350,17 +365,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     ]
     pairs = [(a, b) for a, b in pairs if a in seconds and b in seconds]
     result = {
-        "command": f"python benchmarks/head_sparse_step.py --model {Path(args.model).name} --rounds {args.rounds} "
-        f"--warmup {args.warmup} --tokens {args.tokens} --ratio {args.ratio} --seed {args.seed}"
-        + (f" --arms {' '.join(args.arms)}" if args.arms else ""),
+        "command": command("head_sparse_step.py", arguments),
         "machine": {**machine(), "load_average_before": load_before, "load_average_after": load_after},
         "versions": versions(),
         "settings": {
-            "model": Path(args.model).name,
-            "dtype": "float32",
+            "model": Path(args.model).name if args.model else f"random weights, {args.shape}",
+            "dtype": args.dtype,
             "threads": torch.get_num_threads(),
             "attention": base.config._attn_implementation,
-            "batch": [1, args.tokens],
+            "batch": [args.rows, args.tokens],
             "optimizer": "torch.optim.AdamW(fused=True)",
             "heads": {where: [list(head) for head in sorted(chosen)] for where, chosen in heads.items()},
         },

@@ -37,7 +37,6 @@ import json
 import math
 import random
 import sys
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -48,7 +47,7 @@ from typing import Any, get_args
 import torch
 from answers import Batch, judge_answers, predictions
 from datasets import Dataset, disable_progress_bars
-from environment import command, load_average, machine, versions
+from environment import command, load_average, machine, now, versions
 from localize_report import ARMS, BASE, FULL_STEP, SCORES, SETTINGS, markdown, summarize
 from peft import get_peft_model
 from torch import nn
@@ -78,12 +77,13 @@ MAX_GRADIENT_NORM = 1.0
 FIXED = ("samples", "rows", "epochs", "test_rows", "batch_size")
 
 
-LAST_LAYERS = 0.33
+LAST_LAYERS, LATE_LAYERS = 0.33, 0.67
 CHOICES: dict[str, Callable[[HeadScores, float], HeadSet]] = {
     "global": lambda scores, ratio: scores.top(ratio),
     "spread": lambda scores, ratio: scores.top(ratio, per_layer="even"),
     "groups": lambda scores, ratio: scores.top(ratio, per_group=1),
     "last": lambda scores, ratio: scores.top(ratio, per_layer="even", last_layers=LAST_LAYERS),
+    "late": lambda scores, ratio: scores.top(ratio, per_layer="even", last_layers=LATE_LAYERS),
 }
 
 
@@ -216,11 +216,6 @@ class Judge:
     def _autocast(self, cache: bool = True) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=cache)
 
-    def _now(self) -> float:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
-        return time.perf_counter()
-
     def _batch(self, samples: Samples, rows: list[int]) -> Batch:
         batch = self._collate([{"input_ids": samples.input_ids[i], "labels": samples.labels[i]} for i in rows])
         return {key: value.to(self.device) for key, value in batch.items()}
@@ -253,7 +248,7 @@ class Judge:
             for epoch in range(self.args.epochs)
         ]
         n_steps = sum(map(len, epochs))
-        start = self._now()
+        start = now()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
         schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(WARMUP * n_steps), n_steps)
@@ -270,15 +265,15 @@ class Judge:
                 schedule.step()
                 optimizer.zero_grad()
                 losses.append(loss.item())
-        return {"seconds": self._now() - start, "last_epoch_loss": sum(losses) / len(losses)}
+        return {"seconds": now() - start, "last_epoch_loss": sum(losses) / len(losses)}
 
     def evaluate(self, model: nn.Module, task: Task) -> dict[str, float]:
         """NLL a token and exact match of the task's held-out rows."""
         model.eval()
-        start = self._now()
+        start = now()
         batches = (batch for _, batch in task.test.batches(2 * self.args.batch_size, self.device))
         found = judge_answers(model, batches, self.eos, self._autocast)
-        return {"nll": found["nll"], "exact_match": found["exact_match"], "seconds": self._now() - start}
+        return {"nll": found["nll"], "exact_match": found["exact_match"], "seconds": now() - start}
 
     def full_step(self, task: Task) -> dict[str, float]:
         """Seconds a token of full fine-tuning on the task's samples, measured once on two batches, on a copy."""
@@ -297,11 +292,11 @@ class Judge:
 
             step(batches[0])  # warms up and makes the optimizer's state
             timed = batches[1:3] or batches
-            start = self._now()
+            start = now()
             for batch in timed:
                 step(batch)
             tokens = sum(int(batch["attention_mask"].sum()) for batch in timed)
-            write_json(path, {"seconds_per_token": (self._now() - start) / tokens, "tokens": tokens})
+            write_json(path, {"seconds_per_token": (now() - start) / tokens, "tokens": tokens})
         return read_json(path)
 
     def base(self, task: Task) -> None:

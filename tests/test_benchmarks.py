@@ -10,11 +10,13 @@ from p2d_peft import HeadScores, HeadSet
 
 from .benchmark_files import load_benchmark
 from .tiny_data import rows
-from .tiny_models import tiny_model, tiny_tokenizer
+from .tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 
 environment = load_benchmark("environment")
 head_sparse_step = load_benchmark("head_sparse_step")
+model_shape = load_benchmark("model_shape")
+large_run = load_benchmark("large_run")
 fused_layout = load_benchmark("fused_layout")
 localize = load_benchmark("localize")
 localize_report = load_benchmark("localize_report")
@@ -48,6 +50,56 @@ def test_some_of_the_arms_alone(model_folder, capsys):
     with pytest.raises(SystemExit):
         head_sparse_step.main([*options, "--arms", "ceiling"])
     assert "there is no ceiling, only full, floor_anywhere" in capsys.readouterr().err
+
+
+@pytest.fixture
+def tiny_shape(monkeypatch):
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    monkeypatch.setitem(model_shape.SHAPES, "tiny", {**sizes, "vocab_size": VOCAB_SIZE, "num_hidden_layers": 6})
+
+
+@pytest.mark.usefixtures("tiny_shape")
+def test_a_step_of_random_weights():
+    options = [
+        "--shape",
+        "tiny",
+        "--dtype",
+        "bfloat16",
+        "--rounds",
+        "2",
+        "--warmup",
+        "0",
+        "--rows",
+        "2",
+        "--tokens",
+        "16",
+    ]
+    result = head_sparse_step.main([*options, "--arms", "full", "head_sparse_top_third"])
+    assert result["settings"]["model"] == "random weights, tiny"
+    assert (result["settings"]["dtype"], result["settings"]["batch"]) == ("bfloat16", [2, 16])
+    assert set(result["arms"]) == {"full", "head_sparse_top_third"}
+
+
+@pytest.mark.usefixtures("tiny_shape")
+def test_a_whole_run_on_a_large_model(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    data = tmp_path / "data" / "train.jsonl"
+    data.parent.mkdir()
+    with data.open("w") as file:
+        for row in rows(140):
+            file.write(json.dumps({"question": row["prompt"], "answer": row["completion"]}) + "\n")
+    options = ["--tokenizer", str(tmp_path / "tokenizer"), "--shape", "tiny", "--dataset", str(data.parent)]
+    output = tmp_path / "large.json"
+    result = large_run.main(
+        [*options, "--rows", "40", "--warmup-rows", "20", "--epochs", "2", "--output", str(output)]
+    )
+    assert json.loads(output.read_text()) == json.loads(json.dumps(result))
+    assert str(tmp_path) not in json.dumps(result["command"])
+    ours, full = result["p2d"], result["full"]
+    assert set(ours["stage_seconds"]) == set(result["cold_stage_seconds"]) == {"localize", "select", "train"}
+    assert set(full["stage_seconds"]) == {"train"}
+    assert (ours["pool_rows"], ours["selected_rows"], ours["epochs"], full["epochs"]) == (40, 4, 2, 2)
+    assert result["aer"] == sum(ours["stage_seconds"].values()) / full["stage_seconds"]["train"]
 
 
 def test_all_arms_are_there(numbers):

@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from environment import now
 from localize import CHOICES
 from torch import nn
 from trl import SFTConfig
 
-from p2d_peft import HeadScores, HeadSet, P2DConfig, P2DDataSelector, localize_heads
+from p2d_peft import HeadScores, HeadSet, P2DDataSelector, localize_heads
 from p2d_peft.files import read_json, write_json
 from p2d_peft.heads import ModelGeometry
 from p2d_peft.selection.policies import RoundRobin
 from p2d_peft.selection.samples import prepare_samples
 
 from .problem import Split, as_dataset
-from .profile import ALL_HEADS, Cell
+from .profile import ALL_HEADS, PARTS, Cell
 
 
 HEADS, ROWS = "heads", "rows"
@@ -49,9 +50,7 @@ class Stopwatch:
 
 
 def _now() -> tuple[float, float]:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter(), time.process_time()
+    return now(), time.process_time()
 
 
 class Chooser:
@@ -117,14 +116,14 @@ class Chooser:
         return CHOICES[parameters.choice](self.scores(problem, cell, parameters.method, seed)[0], parameters.ratio)
 
     def _scoring_heads(self, problem: Split, cell: Cell, seed: int, model: nn.Module) -> HeadSet | None:
-        method, part = cell.data.heads, P2DConfig.score_first_layers
+        method, part = cell.data.heads, PARTS[cell.data.part] if cell.data.part else None
         if method is None:
             return None
         if method != ALL_HEADS:
             scores = self.scores(problem, cell, method, seed)[0]
-            return scores.top(per_layer="even", first_layers=part if cell.data.first else None)
+            return scores.top(per_layer="even", first_layers=part)
         heads = ModelGeometry.of(model).heads
-        if not cell.data.first:
+        if part is None:
             return heads
         n_layers = ModelGeometry.of(model).shape[0]
         return HeadSet(head for head in heads if head.layer < round(part * n_layers))

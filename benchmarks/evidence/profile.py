@@ -23,6 +23,8 @@ ANY = "any"
 ALL_HEADS = "all"
 _WITHOUT_TARGET = (None, "random", "magnitude", ALL_HEADS)
 METHODS = (*get_args(LocalizeMethod), ALL_HEADS)
+# by what stands in a row's name, the share of the layers, counted from the first one, whose heads score
+PARTS = {"first": 0.33, "fifth": 0.2}
 ADAPTERS = ("full", "lora-attention", "lora-all", "shira", "heads")
 
 
@@ -34,8 +36,8 @@ class Data:
     Args:
         scorer (`str`): `"full"`, or what scores them.
         heads (`str`, *optional*): By which heads it does, for scorers that look at heads.
-        first (`bool`): Whether these are heads of the first layers only, so that `affinity` runs no more than that part
-            of the model, as P2DTrainer has it by default.
+        part (`str`, *optional*): One of `PARTS`, where these are heads of the first layers only, so that `affinity` runs
+            no more than that part of the model.
         robin (`bool`): Whether the target's samples take turns in picking rows, as P2DTrainer has it by default; else the
             best scores are kept.
         ratio (`float`): The share of the pool that is kept.
@@ -43,13 +45,13 @@ class Data:
 
     scorer: str
     heads: str | None = None
-    first: bool = False
+    part: str | None = None
     robin: bool = False
     ratio: float = 0.1
 
     @classmethod
     def read(cls, text: str) -> Data:
-        """From `full`, or `SCORER[:HEADS][/first][/robin][@RATIO]`; the ratio is a tenth where there is none."""
+        """From `full`, or `SCORER[:HEADS][/PART][/robin][@RATIO]`; the ratio is a tenth where there is none."""
         name, ratio = split_ratio(text)
         start, *options = name.split("/")
         scorer, _, heads = start.partition(":")
@@ -58,14 +60,15 @@ class Data:
         elif scorer not in get_args(ScorerName):
             raise ValueError(f"data '{text}': '{scorer}' is neither 'full' nor one of {list(get_args(ScorerName))}.")
         else:
-            made = cls(scorer, heads or None, "first" in options, "robin" in options, ratio)
+            part = next((part for part in PARTS if part in options), None)
+            made = cls(scorer, heads or None, part, "robin" in options, ratio)
             fits = needs_heads(scorer) == bool(heads) and (not heads or heads in METHODS)  # type: ignore[arg-type]
-            fits = fits and (bool(heads) or not made.first)
+            fits = fits and (bool(heads) or not made.part)
             fits = fits and (scores_per_target(scorer) or not made.robin)  # type: ignore[arg-type]
             if not fits or str(made) != text:
                 raise ValueError(
-                    f"data '{text}': write SCORER[:HEADS][/first][/robin][@RATIO], with HEADS of {list(METHODS)} for "
-                    "scorers with heads, and /robin for those that compare with the target's samples."
+                    f"data '{text}': write SCORER[:HEADS][/PART][/robin][@RATIO], with HEADS of {list(METHODS)} and "
+                    f"PART of {list(PARTS)} for scorers with heads, and /robin for those that compare with the target's samples."
                 )
         return made
 
@@ -73,7 +76,8 @@ class Data:
         if self.scorer == "full":
             return "full"
         heads = f":{self.heads}" if self.heads else ""
-        return f"{self.scorer}{heads}{'/first' * self.first}{'/robin' * self.robin}{_suffix(self.ratio)}"
+        part = f"/{self.part}" if self.part else ""
+        return f"{self.scorer}{heads}{part}{'/robin' * self.robin}{_suffix(self.ratio)}"
 
 
 @dataclass(frozen=True)

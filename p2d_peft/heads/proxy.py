@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
 from ..model_state import model_device
-from .geometry import ModelGeometry, Role
-from .samples import IGNORED, Batch, nothing_counts, predicted
-from .weights import LayerScores, attention_weights, head_slices, require_only
+from .geometry import AttentionGeometry, ModelGeometry, Role
+from .samples import IGNORED, Batch, nothing_counts, predicted, token_losses
+from .weights import AttentionWeights, LayerScores, attention_weights, head_slices, require_only
 
 
 # Ours: the paper's text was not available. Large enough to move weights in about 100 samples, small enough to keep
@@ -18,6 +18,9 @@ from .weights import LayerScores, attention_weights, head_slices, require_only
 LEARNING_RATE = 1e-4
 # ALPS' score looks at these; the output projection is trained along but not scored
 SCORED_ROLES: tuple[Role, ...] = ("q", "k", "v")
+# Rows of more tokens than these, padding included, pass one after the other, so that a batch takes no more memory for
+# activations than a training with activation checkpointing has.
+TOKENS_AT_ONCE = 1024
 
 
 def proxy_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[Batch], seed: int) -> LayerScores:
@@ -26,7 +29,8 @@ def proxy_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[Ba
 
     The run trains the q, k, v and o weights of all heads, one AdamW step a batch, without weight decay and without
     dropout (`seed` is not used). The optimizer works on float32 copies, so that a bf16 model moves, too; afterwards the
-    model's weights are put back bit for bit. Memory: about 7 x 4 bytes for each attention weight.
+    model's weights are put back bit for bit. Memory: about 20 bytes for each attention weight, and the activations of
+    `TOKENS_AT_ONCE` tokens, or of a row.
 
     The distance is ALPS' parameter-alignment distribution score (arXiv 2505.18799): the Wasserstein-1 distance of
     `softmax(W_q W_k^T W_v)` before and after, see [`weight_shift`].
@@ -44,49 +48,67 @@ def proxy_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[Ba
         `ValueError`: if no batch has a token that counts.
     """
     weights = attention_weights(model, geometry, "proxy")
-    device = model_device(model)
     require_only(model, weights)
 
     parameters = {name: weight.parameter for name, weight in weights.items()}
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    masters = {name: nn.Parameter(p.detach().to(torch.float32, copy=True)) for name, p in parameters.items()}
-    optimizer = torch.optim.AdamW(masters.values(), lr=LEARNING_RATE, weight_decay=0.0)
+    # of a float32 model the weights themselves
+    masters = {name: nn.Parameter(parameter.detach().float()) for name, parameter in parameters.items()}
+    # the other implementations keep a copy of all weights while they step
+    fused = all(master.is_cuda for master in masters.values()) or None
+    optimizer = torch.optim.AdamW(masters.values(), lr=LEARNING_RATE, weight_decay=0.0, fused=fused)
     steps = 0
     try:
         for batch in batches:
             if not (predicted(model, batch["labels"]) != IGNORED).any():
                 continue
-            loss = model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False).loss
-            gradients = torch.autograd.grad(loss, list(parameters.values()))
-            for master, gradient in zip(masters.values(), gradients, strict=True):
-                master.grad = gradient.float()
+            optimizer.zero_grad()
+            _add_gradients(model, list(parameters.values()), list(masters.values()), batch)
             optimizer.step()
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.copy_(masters[name])
             steps += 1
+        if not steps:
+            raise nothing_counts()
+        optimizer.zero_grad()
+        return {
+            layer: weight_shift(*(_scored_weights(weights, attention, tensors) for tensors in (before, masters)))
+            for layer, attention in geometry.items()
+        }
     finally:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(before[name])
-    if not steps:
-        raise nothing_counts()
-
-    scores: LayerScores = {}
-    for layer, attention in geometry.items():
-        shifts = []
-        for head in range(attention.n_heads):
-            old, new = (head_slices(weights, attention, head, tensors) for tensors in (before, masters))
-            shifts.append(
-                weight_shift([old[role] for role in SCORED_ROLES], [new[role].detach() for role in SCORED_ROLES])
-            )
-        scores[layer] = torch.tensor(shifts, dtype=torch.float64)
-    return scores
 
 
-def weight_shift(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
+def _add_gradients(
+    model: nn.Module, parameters: list[nn.Parameter], masters: list[nn.Parameter], batch: Batch
+) -> None:
+    """Add the gradients of the batch's mean loss to the masters', for a few rows at a time."""
+    device, n_tokens = model_device(model), batch["labels"].shape[1]
+    n_counted = (predicted(model, batch["labels"]) != IGNORED).sum()
+    for rows in torch.arange(len(batch["labels"])).split(max(1, TOKENS_AT_ONCE // n_tokens)):
+        part = {key: value[rows].to(device) for key, value in batch.items()}
+        if not (predicted(model, part["labels"]) != IGNORED).any():
+            continue
+        loss = token_losses(model, part).sum() / n_counted.to(device)
+        # autograd.grad leaves every .grad of the model alone
+        for master, gradient in zip(masters, torch.autograd.grad(loss, parameters), strict=True):
+            master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
+
+
+def _scored_weights(
+    weights: AttentionWeights, attention: AttentionGeometry, tensors: Mapping[str, torch.Tensor]
+) -> list[torch.Tensor]:
+    """The slices of q, k and v of all heads of a layer, each of shape (H, D, hidden)."""
+    slices = [head_slices(weights, attention, head, tensors) for head in range(attention.n_heads)]
+    return [torch.stack([of_head[role].detach() for of_head in slices]) for role in SCORED_ROLES]
+
+
+def weight_shift(before: list[torch.Tensor], after: list[torch.Tensor]) -> torch.Tensor:
     """
-    ALPS' distance of one head's weights before and after: the Wasserstein-1 distance between the two distributions
+    ALPS' distance of a head's weights before and after: the Wasserstein-1 distance between the two distributions
     `softmax(W_q W_k^T W_v)` over the entries of the product.
 
     With `W_q`, `W_k`, `W_v` of shape (hidden, D) the product has shape (hidden, D); taken from the right it needs only
@@ -98,16 +120,17 @@ def weight_shift(before: list[torch.Tensor], after: list[torch.Tensor]) -> float
     (latent attention), those come last and are left out, as there is no row of the key to pair them with.
 
     Args:
-        before (`list[torch.Tensor]`): The head's rows of the weights of q, k and v, each of shape (D, hidden).
+        before (`list[torch.Tensor]`): The heads' rows of the weights of q, k and v, each of shape (..., D, hidden).
         after (`list[torch.Tensor]`): The same after the run.
 
     Returns:
-        `float`: the distance, at least 0, and 0 for equal weights.
+        `torch.Tensor`: shape (...), float64, on the CPU: the distances, at least 0, and 0 for equal weights.
     """
 
     def distribution(slices: list[torch.Tensor]) -> torch.Tensor:
         w_q, w_k, w_v = (part.double() for part in slices)
-        return torch.softmax((w_q[: len(w_k)].T @ (w_k @ w_v.T)).flatten(), dim=0)
+        product = w_q[..., : w_k.shape[-2], :].mT @ (w_k @ w_v.mT)
+        return torch.softmax(product.flatten(-2), dim=-1)
 
-    gaps = torch.cumsum(distribution(after) - distribution(before), dim=0).abs()
-    return float(gaps.sum() / max(gaps.numel() - 1, 1))
+    gaps = torch.cumsum(distribution(after) - distribution(before), dim=-1).abs()
+    return (gaps.sum(dim=-1) / max(gaps.shape[-1] - 1, 1)).cpu()

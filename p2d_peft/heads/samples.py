@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeAlias
+from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -94,11 +95,57 @@ def sample_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
     Returns:
         `torch.Tensor`: shape (B,), float32 or the logits' dtype.
     """
-    # an encoder-decoder makes the decoder's input of the labels
-    keys = batch.keys() if is_encoder_decoder(model) else batch.keys() - {"labels"}
-    logits = model(**{key: batch[key] for key in keys}, use_cache=False).logits
-    labels = predicted(model, batch["labels"]).to(logits.device)
-    logits = logits[:, : labels.shape[1]]
+    losses = token_losses(model, batch)
+    return losses.sum(dim=1) / (predicted(model, batch["labels"]) != IGNORED).sum(dim=1).to(losses.device)
+
+
+def token_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """
+    The cross-entropy of each token that counts, 0 for the others.
+
+    A causal language model's LM head runs on the positions that predict a token that counts, and on no others: of a small
+    model it is a third of the work, and a large vocabulary's logits take much memory.
+
+    Args:
+        model (`nn.Module`), batch (`Batch`): As in [`sample_losses`].
+
+    Returns:
+        `torch.Tensor`: shape (B, tokens that are predicted), float32 or the logits' dtype.
+    """
+    labels = predicted(model, batch["labels"])
+    counts = labels != IGNORED
+    if is_encoder_decoder(model):
+        # it makes the decoder's input of the labels, and a loss of its own of all logits
+        logits, seen = model(**batch, use_cache=False).logits, []
+    else:
+        with _head_on_counted(model, nn.functional.pad(counts, (0, 1))) as seen:
+            logits = model(**{key: batch[key] for key in batch if key != "labels"}, use_cache=False).logits
+    counts = counts.to(logits.device)
+    logits = logits[0] if seen else logits[:, : labels.shape[1]][counts]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-    return losses.sum(dim=1) / (labels != IGNORED).sum(dim=1)
+    losses = nn.functional.cross_entropy(logits, labels.to(logits.device)[counts], reduction="none")
+    return torch.zeros(labels.shape, dtype=losses.dtype, device=losses.device).masked_scatter(counts, losses)
+
+
+@contextmanager
+def _head_on_counted(model: nn.Module, counts: torch.Tensor) -> Iterator[list[bool]]:
+    """
+    Context in which the LM head gets the positions that count alone, as one row; what comes after it (a scale, a bias, a
+    soft cap) takes each position for itself. Yields a list that is empty as long as that was not done: where a model
+    calls no such module, or on positions of its own.
+    """
+    done: list[bool] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or args[0].shape[:-1] != counts.shape:
+            return None
+        done.append(True)
+        return (args[0][counts.to(args[0].device)][None], *args[1:])
+
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    handle = None if head is None else head.register_forward_pre_hook(keep)
+    try:
+        yield done
+    finally:
+        if handle is not None:
+            handle.remove()

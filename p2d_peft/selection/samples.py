@@ -73,9 +73,11 @@ class Samples:
 
         Yields:
             `tuple[list[int], dict[str, torch.Tensor]]`: the positions of the batch's samples in `rows`, and their
-            `input_ids`, `attention_mask` and `labels` of shape (B, T), int64, padded on the right.
+            `input_ids`, `attention_mask` and `labels` of shape (B, T), int64, padded on the right; on an accelerator T
+            is a multiple of 8, as kernels are made anew for each length.
         """
-        collate = DataCollatorForLanguageModeling(pad_token_id=self.pad_token_id)
+        multiple = None if device.type == "cpu" else 8
+        collate = DataCollatorForLanguageModeling(pad_token_id=self.pad_token_id, pad_to_multiple_of=multiple)
         order = sorted(range(len(self)), key=lambda index: -len(self.input_ids[index]))
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]

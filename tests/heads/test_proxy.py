@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from p2d_peft.heads import localize_heads
+from p2d_peft.heads import localize_heads, proxy
 from p2d_peft.heads.proxy import LEARNING_RATE, weight_shift
 
 from ..tiny_models import random_batch, tiny_model
@@ -73,9 +73,29 @@ def test_follows_adamw_step_by_step():
 
 def test_every_step_sees_the_weights_of_the_one_before_under_autocast():
     """autocast keeps copies of weights for a whole context: the losses of one batch over and over have to fall."""
-    model, losses = tiny_model(), []
-    handle = model.register_forward_hook(lambda module, args, output: losses.append(output.loss.item()))
+    model, losses, labels = tiny_model(), [], random_batch()["labels"][:, 1:].flatten()
+
+    def note(module, args, output):
+        # of the positions that predict something, one after the other
+        losses.append(torch.nn.functional.cross_entropy(output.logits[0].float(), labels).item())
+
+    handle = model.register_forward_hook(note)
     with torch.autocast("cpu", torch.bfloat16):
         localize_heads(model, [random_batch()] * 6, method="proxy")
     handle.remove()
     assert len(set(losses)) == 6 and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("at_once", [1, 25])
+def test_rows_that_pass_one_after_the_other_give_the_step_of_the_whole_batch(at_once, dtype, monkeypatch):
+    """Rows count by their tokens, also where one has none that counts."""
+    batch = random_batch(rows=5, padding=4)
+    batch["labels"][1, :7], batch["labels"][2] = -100, -100
+    expected = localize_heads(tiny_model(dtype=dtype), [batch], method="proxy").values
+    monkeypatch.setattr(proxy, "TOKENS_AT_ONCE", at_once)
+    passes, model = [], tiny_model(dtype=dtype)
+    model.register_forward_hook(lambda module, args, output: passes.append(output.logits.shape[1]))
+    found = localize_heads(model, [batch], method="proxy").values
+    assert len(passes) == (4 if at_once == 1 else 3) and sum(passes) == 10 + 4 + 10 + 6
+    torch.testing.assert_close(found, expected, rtol=1e-4 if dtype == torch.float32 else 0.3, atol=0)

@@ -1,9 +1,13 @@
 import pytest
 import torch
 
-from p2d_peft.heads.samples import right_padded, rows_of, sample_losses
+from p2d_peft.heads.samples import right_padded, rows_of, sample_losses, token_losses
 
-from ..tiny_models import LAYOUTS, random_batch, tiny_model
+from ..tiny_models import ARCHITECTURES, LAYOUTS, random_batch, tiny_model
+
+
+ENCODERS = ("bert", "roberta", "deberta", "deberta-v2", "modernbert")
+CAUSAL_LAYOUTS = [name for name, layout in LAYOUTS.items() if layout.inputs == "text" and name not in ENCODERS]
 
 
 def text_to_text(row):
@@ -24,6 +28,31 @@ def test_the_losses_of_a_padded_batch_are_those_that_its_samples_have_alone(name
         together = sample_losses(model, right_padded(rows))
         alone = torch.stack([model(**sample).loss for sample in samples])
     torch.testing.assert_close(together, alone)
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *CAUSAL_LAYOUTS])
+def test_the_lm_head_runs_on_what_counts_alone(name):
+    """Whatever a model does with its logits afterwards: scale, bias, soft cap."""
+    model, batch = LAYOUTS[name].model() if name in LAYOUTS else tiny_model(name), random_batch()
+    batch["labels"][0, :3] = -100
+    labels = batch["labels"][:, 1:]
+    counts, seen = labels != -100, []
+    with torch.no_grad():
+        logits = model(**batch).logits[:, :-1]
+        head = model.get_output_embeddings()
+        handle = head.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape[:-1])))
+        losses = token_losses(model, batch)
+        handle.remove()
+    assert seen == [(1, counts.sum())] and len(head._forward_pre_hooks) == 0
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_whose_head_is_no_module_has_the_same_losses(monkeypatch):
+    model, batch = tiny_model(), random_batch(padding=3)
+    expected = token_losses(model, batch)
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
+    torch.testing.assert_close(token_losses(model, batch), expected)
 
 
 def test_losses_are_as_precise_as_the_logits():

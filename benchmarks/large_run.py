@@ -1,0 +1,123 @@
+"""
+What a whole run costs on a model of the paper's size: P2DTrainer, and full fine-tuning of as many epochs on the same pool.
+
+    python benchmarks/large_run.py --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct --output benchmarks/results/large_run.json
+
+The weights are random, since time and memory do not depend on what they are: nothing follows from it about quality. The
+rows are real, GSM8K's by default. Both runs are P2DTrainer's, with the same arguments, in bfloat16; the second one with
+`p2d=False`. P2DTrainer first estimates what the second one takes (`reference_steps`), so that the estimate can be seen
+beside the measurement. Before both, `--warmup-rows` go through P2D: what a GPU's libraries do when a process first calls
+them takes seconds, which whichever came first would be charged with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+from environment import command, load_average, machine, versions
+from model_shape import SHAPES, load_model
+from transformers import AutoTokenizer
+
+from p2d_peft import P2DConfig, P2DTrainer
+from p2d_peft.files import write_json
+
+
+TARGET_ROWS = 100
+
+
+def rows(args: argparse.Namespace) -> Dataset:
+    """Prompts and completions, shuffled by the seed."""
+    data = load_dataset(args.dataset, args.dataset_name, split="train").shuffle(seed=args.seed)
+    data = data.select(range(TARGET_ROWS + args.rows))
+    return data.map(
+        lambda row: {"prompt": f"{row[args.prompt]}\n", "completion": row[args.completion]},
+        remove_columns=data.column_names,
+    )
+
+
+def run(args: argparse.Namespace, data: Dataset, n_rows: int, *, p2d: bool, estimate: bool = False) -> dict[str, Any]:
+    """One run on a fresh model with a pool of the first rows, and its report."""
+    model = load_model(None, args.shape, torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    pool = data.select(range(TARGET_ROWS, TARGET_ROWS + n_rows))
+    with tempfile.TemporaryDirectory() as folder:
+        config = P2DConfig(
+            folder,
+            p2d=p2d,
+            reference_steps=3 if estimate else 0,
+            num_train_epochs=args.epochs,
+            per_device_train_batch_size=args.batch_size,
+            learning_rate=1e-5,
+            max_length=512,
+            gradient_checkpointing=False,
+            bf16=torch.accelerator.is_available(),
+            optim="adamw_torch_fused",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=args.seed,
+        )
+        target = data.select(range(TARGET_ROWS)) if p2d else None
+        trainer = P2DTrainer(model, config, train_dataset=pool, target_dataset=target, processing_class=tokenizer)
+        trainer.train()
+        report: dict[str, Any] = dataclasses.asdict(trainer.report)
+    del trainer, model
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+    print(json.dumps({name: report[name] for name in ("stage_seconds", "stage_peak_memory")}), flush=True)
+    return report
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    arguments = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--tokenizer", required=True, help="folder or Hub id; its vocabulary is no larger than the shape's"
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b", help="default: %(default)s")
+    parser.add_argument("--dataset", default="openai/gsm8k", help="Hub id or folder (default: %(default)s)")
+    parser.add_argument("--dataset-name", help="its configuration, such as main")
+    parser.add_argument("--prompt", default="question", help="the column of the questions (default: %(default)s)")
+    parser.add_argument("--completion", default="answer", help="the column of the answers (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=7000, help="rows of the pool (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
+    parser.add_argument("--warmup-rows", type=int, default=160, help="of those; 0: none (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--output", type=Path, help="where to write the numbers as JSON")
+    args = parser.parse_args(arguments)
+
+    data = rows(args)
+    cold = run(args, data, args.warmup_rows, p2d=True) if args.warmup_rows else None
+    ours = run(args, data, args.rows, p2d=True, estimate=True)
+    full = run(args, data, args.rows, p2d=False)
+    seconds = {name: sum(report["stage_seconds"].values()) for name, report in (("p2d", ours), ("full", full))}
+    result = {
+        "command": command("large_run.py", arguments),
+        "machine": {**machine(), "load_average": load_average()},
+        "versions": versions(),
+        "shape": SHAPES[args.shape],
+        "aer": seconds["p2d"] / seconds["full"],
+        "estimated_over_measured_reference": ours["reference_seconds"] / seconds["full"],
+        "cold_stage_seconds": cold and cold["stage_seconds"],
+        "p2d": ours,
+        "full": full,
+    }
+    print(json.dumps({name: result[name] for name in ("aer", "estimated_over_measured_reference")}))
+    if args.output:
+        write_json(args.output, result)
+    return result
+
+
+if __name__ == "__main__":
+    main()
