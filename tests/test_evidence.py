@@ -73,8 +73,8 @@ def a_profile(**changes):
             {
                 "settings": ["mixed"],
                 "targets": ["copy", "count"],
-                "data": ["affinity:proxy/first/robin"],
-                "parameters": ["heads:proxy", "lora-attention"],
+                "data": [claims.P2D[0]],
+                "parameters": [claims.P2D[1], "lora-attention"],
                 "epochs": [3],
             },
             {
@@ -237,12 +237,12 @@ def evidence_of(sides):
 
 SIDES = {
     claims.P2D: (30, 8.0, 1.0),
-    (claims.P2D[0], claims.CHEAP): (30, 8.0, 1.0),
-    (claims.P2D[0], "heads:random/last"): (20, 8.0, 1.5),
+    (claims.P2D[0], claims.LAST_LAYERS): (30, 8.0, 1.0),
+    (claims.P2D[0], "heads:random/late"): (20, 8.0, 1.5),
     claims.LORA: (28, 9.0, 1.2),
-    ("random", "heads:proxy/last"): (15, 8.0, 2.0),
-    ("affinity:random/first/robin", "heads:proxy/last"): (30, 8.0, 1.0),
-    ("affinity:all/first/robin", "heads:proxy/last"): (25, 8.0, 1.0),
+    ("random", claims.P2D[1]): (15, 8.0, 2.0),
+    ("affinity:random/fifth/robin", claims.P2D[1]): (30, 8.0, 1.0),
+    ("affinity:all/fifth/robin", claims.P2D[1]): (25, 8.0, 1.0),
     ("full", "full"): (30, 100.0, 1.0),
 }
 
@@ -256,7 +256,7 @@ def test_claims():
     assert whole.verdict == claims.HELD and "AER 0.080" in whole.figures[1]
     assert forgetting.verdict == claims.HELD
 
-    worse = {**SIDES, ("full", "full"): (35, 100.0, 1.0), ("random", "heads:proxy/last"): (29, 8.0, 1.0)}
+    worse = {**SIDES, ("full", "full"): (35, 100.0, 1.0), ("random", claims.P2D[1]): (29, 8.0, 1.0)}
     worse[claims.LORA] = (28, 9.0, 0.9)
     verdicts = [claim.verdict for claim in claims.judge(evidence_of(worse))]
     assert verdicts[1:] == [claims.NOT_HELD, claims.NOT_HELD, claims.NOT_HELD, claims.NOT_HELD]
@@ -274,7 +274,7 @@ def test_defaults_stand_against_what_was_run_in_their_place():
     assert set(found) == {layers, ("localize_method", "random heads"), ("scorer", "random rows")}
     comparison, seconds = found["scorer", "random rows"]
     assert comparison.exact_match["mean"] == pytest.approx(15 / 40) and seconds == 1.0
-    slow = evidence_of({**SIDES, ("affinity:proxy/robin", "heads:proxy/last"): (30, 16.0, 1.0)})
+    slow = evidence_of({**SIDES, ("affinity:proxy/robin", claims.P2D[1]): (30, 16.0, 1.0)})
     assert [seconds for a, _, seconds in defaults.measured(slow) if a.field == "score_first_layers"] == [0.5]
 
 
@@ -394,7 +394,7 @@ def test_rows_may_be_scored_by_heads_of_the_first_layers(tmp_path):
     for index, layer in enumerate(model.model.layers):
         layer.self_attn.register_forward_pre_hook(lambda *_, index=index: passed.append(index))
     chosen = {}
-    for data, deepest in (("affinity:all", 3), ("affinity:all/first", 0), ("affinity:all/first/robin", 0)):
+    for data, deepest in (("affinity:all", 3), ("affinity:all/first", 0), ("affinity:all/fifth/robin", 0)):
         passed.clear()
         chosen[data], _ = chooser.rows(made, a_cell("mixed", data=data), 0)
         assert len(chosen[data]) == 4 and max(passed) == deepest
@@ -403,7 +403,7 @@ def test_rows_may_be_scored_by_heads_of_the_first_layers(tmp_path):
     assert {path.stem for path in (tmp_path / "rows").iterdir()} == {
         "mixed-copy-affinity.all-seed0",
         "mixed-copy-affinity.all_first-seed0",
-        "mixed-copy-affinity.all_first_robin-seed0",
+        "mixed-copy-affinity.all_fifth_robin-seed0",
     }
 
 

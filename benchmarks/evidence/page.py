@@ -14,7 +14,7 @@ from p2d_peft.heads import HeadScores
 from . import claims
 from .choose import HEADS
 from .claims import EPOCHS, HELD, NOT_HELD, P2D, judge
-from .defaults import measured
+from .defaults import TRIED, measured
 from .summary import Evidence, Line
 
 
@@ -22,7 +22,7 @@ PICTURES = {
     "aer.svg": "Exact match against AER, a point for each line of the mixed pool's table; P2D in orange",
     "stages.svg": "Seconds by stage, of P2D and of full fine-tuning on all rows",
     "ratios.svg": "Exact match over the share of the heads and over the share of the rows",
-    "heads.svg": "Scores of the heads by `proxy` for each target; framed are those to train, of all layers",
+    "heads.svg": "Scores of the heads by `proxy` for each target; framed are those to train",
 }
 SETTINGS_TEXT = {
     "mixed": "One task in a mixed pool: eight tasks, as many rows of each",
@@ -41,9 +41,9 @@ def page(evidence: Evidence, results: Path, pictures: list[str]) -> str:
         "How good P2D is on a small model, against what one would pick instead. Written by `python benchmarks/run_evidence.py report` from the files in `benchmarks/results/evidence`, one for "
         f"each training; {evidence.arms} so far. To rerun the small profile, from a clean clone:",
         "```bash\nbash scripts/evidence.sh\n```",
-        "Rows are named by what chooses them: `SCORER:HEADS`, `/first` where only heads of the first third of the layers "
-        "score, `/robin` where the target's samples take turns. Weights are named by what is trained: `heads:METHOD`, `/last` "
-        f"for heads of the last third; `{P2D[0]}` with `{P2D[1]}` is what `P2DTrainer` does by default. `@` is a share other "
+        "Rows are named by what chooses them: `SCORER:HEADS`, `/fifth` or `/first` where only heads of the first fifth or third "
+        "of the layers score, `/robin` where the target's samples take turns. Weights are named by what is trained: "
+        f"`heads:METHOD`, `/late` or `/last` for heads of the last two thirds or the last third; `{P2D[0]}` with `{P2D[1]}` is what `P2DTrainer` does by default. `@` is a share other "
         "than a tenth.",
         f"The model is {evidence.settings['model']}, the rows are BIG-bench's. A pool has {problem['pool_rows']} rows of each "
         f"task; heads and rows are chosen with {problem['target_rows']} samples of the target that are not in it, the "
@@ -54,8 +54,9 @@ def page(evidence: Evidence, results: Path, pictures: list[str]) -> str:
         "not in it. Forgetting is the rise of the NLL of unrelated passages over the base model's. Intervals are 95 % of "
         "paired bootstraps: over test rows for exact match, over pairs of target and seed for NLL. Peak memory on a CPU is "
         "that of the whole process, with what its earlier arms left in it.",
-        "**Not run:** any model but this one, any GPU, and the paper's own models and data, for which there are profiles "
-        "(`paper_llama.yaml` and `paper_qwen.yaml` in `benchmarks/evidence/profiles`).",
+        "**Not run:** any model but this one, and the paper's own models and data, for which there are profiles "
+        "(`paper_llama.yaml` and `paper_qwen.yaml` in `benchmarks/evidence/profiles`). What a run costs on a GPU, with random "
+        "weights, is in [Benchmarks](benchmarks.md#what-does-a-run-cost-on-a-gpu).",
         "## The claims",
         _claims(evidence),
         *(f"![{PICTURES[name]}](results/{name})\n\n*{PICTURES[name]}.*" for name in pictures),
@@ -113,8 +114,9 @@ def _defaults(evidence: Evidence) -> str:
         "seconds, over the other's",
     ]
     return (
-        "Each row has one choice of P2DTrainer's defaults against another, everything else being the same. All but the "
-        "first row train heads of the last third of the layers on both sides, which is cheaper.\n\n"
+        "Each row has one choice of P2DTrainer's defaults against another, everything else being the same. Shares of heads "
+        f"and rows, and other ways to find them, are tried with `{TRIED[0]}` and `{TRIED[1]}` on both sides, which is "
+        "cheaper to train.\n\n"
         f"{_markdown([*header, 'pairs'], rows)}"
     )
 
@@ -203,7 +205,7 @@ def _overlap(evidence: Evidence, results: Path) -> str:
     for path in sorted((results / HEADS).glob("*-proxy-seed*.json")):
         target, _, rest = path.stem.partition("-proxy-seed")
         scores = HeadScores.from_dict(read_json(path)["scores"])
-        sets[target, int(rest)] = CHOICES["spread"](scores, P2DConfig.head_ratio)
+        sets[target, int(rest)] = CHOICES["late"](scores, P2DConfig.head_ratio)
     between: dict[str, list[float]] = {"of two seeds of one target": [], "of two targets": []}
     for ((target, seed), a), ((other, other_seed), b) in itertools.combinations(sets.items(), 2):
         share = len(a & b) / len(a)

@@ -12,7 +12,8 @@ from p2d_peft.files import read_json, replacing
 from p2d_peft.heads import HeadScores
 
 from .choose import HEADS
-from .claims import CHEAP, EPOCHS, P2D
+from .claims import EPOCHS, P2D
+from .defaults import TRIED
 from .profile import split_ratio
 from .summary import REFERENCE, Evidence
 
@@ -104,8 +105,8 @@ def _ratios(evidence: Evidence) -> Figure | None:
             continue
         (data, data_ratio), (parameters, head_ratio) = split_ratio(line.data), split_ratio(line.parameters)
         if data == "full":
-            data, data_ratio = P2D[0], 1.0
-        if (data, parameters) != (P2D[0], CHEAP):
+            data, data_ratio = TRIED[0], 1.0
+        if (data, parameters) != TRIED:
             continue
         value = 100 * line.mean("exact_match")
         if data_ratio == 0.1:
@@ -135,6 +136,6 @@ def _heads(evidence: Evidence, results: Path) -> Figure | None:
     figure = _new(3.4 * len(files), 6.5)
     for axes, path in zip(figure.subplots(1, len(files), squeeze=False)[0], files, strict=True):
         scores = HeadScores.from_dict(read_json(path)["scores"])
-        scores.plot(CHOICES["spread"](scores, P2DConfig.head_ratio), ax=axes)
+        scores.plot(CHOICES["late"](scores, P2DConfig.head_ratio), ax=axes)
         axes.set_title(path.stem.partition("-")[0], fontsize=9)
     return figure

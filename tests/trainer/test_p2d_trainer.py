@@ -65,9 +65,10 @@ def test_trains_the_chosen_heads_on_the_chosen_rows_and_nothing_else(name, tmp_p
     run = trainer(tmp_path, model)
     pool = run.train_dataset
     run.train()
-    # by default heads of all layers are trained, and those of the first ones score
-    assert len(run.heads) == 3 and run.head_scores.top(0.25, per_layer=1) == run.heads
-    assert run.selector.engine.heads == run.head_scores.top(0.25, first_layers=0.33)
+    # by default heads of the last two thirds of the layers are trained, and those of the first ones score
+    assert len(run.heads) == 3 and run.head_scores.top(0.25, per_layer="even", last_layers=0.67) == run.heads
+    assert run.heads.layers == (1, 2)
+    assert run.selector.engine.heads == run.head_scores.top(0.25, first_layers=0.2)
     assert run.selector.engine.heads.layers == (0,)
     assert len(run.train_dataset) == 16
     assert all(row in pool["input_ids"][:] for row in run.train_dataset["input_ids"])
@@ -93,7 +94,7 @@ def test_trains_the_chosen_heads_on_the_chosen_rows_and_nothing_else(name, tmp_p
 
 
 def test_the_papers_form_is_one_set_of_heads_and_the_best_scores(tmp_path):
-    paper = {"score_first_layers": 1.0, "round_robin": False}
+    paper = {"train_last_layers": 1.0, "score_first_layers": 1.0, "round_robin": False}
     run = trainer(tmp_path, changes=paper)
     run.train()
     assert run.heads == run.selector.engine.heads == run.head_scores.top(0.25, per_layer="even")

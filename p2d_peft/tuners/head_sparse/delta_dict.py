@@ -22,8 +22,14 @@ class DeltaDict(nn.ParameterDict):
     __call__ = nn.Module.__call__
 
     def forward(self, x_BTI: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """`x_BTI` times the transposed parameter of an adapter, of shape (B, T, O)."""
-        return nn.functional.linear(x_BTI, self[adapter_name])
+        """
+        `x_BTI` times the transposed parameter of an adapter, of shape (B, T, O), in the dtype of `x_BTI`.
+
+        PEFT keeps adapters of a half-precision model in float32. Other methods lift the input to that; here the product
+        is as large as a projection's, and a GPU takes many times as long for it in float32. So the parameter is rounded
+        to the input's dtype, as autocast would do it, and its gradient and its updates stay in float32.
+        """
+        return nn.functional.linear(x_BTI, self[adapter_name].to(x_BTI.dtype))
 
     def has(self, adapter_name: str) -> bool:
         """Whether there is a parameter of an adapter. FSDP's wrapper hands on methods, but not `in`."""

@@ -101,7 +101,7 @@ class HeadSparseLayer(BaseTunerLayer):
         # for each merged adapter: what was in its slice before
         self._replaced: dict[str, torch.Tensor] = {}
         self.merged_adapters: list[str] = []
-        # turned off by `peft.helpers.disable_input_dtype_casting`
+        # `peft.helpers.disable_input_dtype_casting` asks each layer for it; here no input is ever cast
         self.cast_input_dtype_enabled = True
 
         # a Conv1D keeps the weight of its linear map transposed
@@ -151,11 +151,10 @@ class HeadSparseLayer(BaseTunerLayer):
         index_N = self._index(adapter_name, x_BTI.device)
         on_rows = self.head_sparse_slice[adapter_name].dim == ROWS
         x = x_BTI if on_rows else x_BTI.index_select(-1, index_N)
-        full = self.head_sparse_delta.has(adapter_name)
-        first = self.head_sparse_delta if full else self.head_sparse_A
-        y = first(self._cast_input_dtype(x, first[adapter_name].dtype), adapter_name)
-        if not full:
-            y = self.head_sparse_B(y, adapter_name)
+        if self.head_sparse_delta.has(adapter_name):
+            y = self.head_sparse_delta(x, adapter_name)
+        else:
+            y = self.head_sparse_B(self.head_sparse_A(x, adapter_name), adapter_name)
         y = y.to(result_BTO.dtype)
         # Subtracting 0 - y, and not adding y: r + 0.0 makes -0.0 to 0.0, while r - 0.0 is r in each bit, and 0 - y is
         # +0.0 for a zero of either sign. Never in place: hooks of the base layer may hold on to its output.

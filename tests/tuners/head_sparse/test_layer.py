@@ -133,12 +133,21 @@ def test_new_adapter_is_active_and_trainable_unless_for_inference():
         assert layer.head_sparse_delta["named"].requires_grad is not inference_mode
 
 
-def test_input_casting_can_be_turned_off():
-    layer = make_layer(SLICES["rows"], dtype=torch.bfloat16, delta_dtype=torch.float32)
-    x = torch.randn(5, IN, dtype=torch.bfloat16)
-    with disable_input_dtype_casting(layer), pytest.raises(RuntimeError, match="dtype"):
-        layer(x)
-    layer(x)
+@pytest.mark.parametrize("where", SLICES)
+def test_the_product_is_in_the_inputs_dtype_and_the_gradient_in_the_deltas(where):
+    """A product in float32 takes a GPU many times as long, and keeps the input a second time for the backward pass."""
+    layer = make_layer(SLICES[where], dtype=torch.bfloat16, delta_dtype=torch.float32)
+    x, kept = torch.randn(5, IN, dtype=torch.bfloat16), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16 and all(t.dtype == torch.bfloat16 for t in kept if t.is_floating_point())
+    y.sum().backward()
+    delta = layer.head_sparse_delta["default"]
+    assert delta.dtype == delta.grad.dtype == torch.float32
+    exact = layer.base_layer.weight.float() + layer.get_delta_weight("default")
+    torch.testing.assert_close(y.float(), x.float() @ exact.T + layer.base_layer.bias.float(), atol=0.05, rtol=0.05)
+    with disable_input_dtype_casting(layer):
+        assert torch.equal(layer(x), y)
 
 
 def test_autocast():
