@@ -237,7 +237,8 @@ def evidence_of(sides):
 
 SIDES = {
     claims.P2D: (30, 8.0, 1.0),
-    (claims.P2D[0], claims.LAST_LAYERS): (30, 8.0, 1.0),
+    (defaults.TRIED[0], claims.P2D[1]): (30, 8.0, 1.0),
+    (defaults.TRIED[0], "heads:proxy"): (30, 9.0, 1.0),
     (claims.P2D[0], "heads:random/late"): (20, 8.0, 1.5),
     claims.LORA: (28, 9.0, 1.2),
     ("random", claims.P2D[1]): (15, 8.0, 2.0),
@@ -270,12 +271,15 @@ def test_defaults_stand_against_what_was_run_in_their_place():
     found = {
         (a.field, a.instead): (comparison, seconds) for a, comparison, seconds in defaults.measured(evidence_of(SIDES))
     }
-    layers = ("train_last_layers", "heads of the last third of the layers")
-    assert set(found) == {layers, ("localize_method", "random heads"), ("scorer", "random rows")}
+    shares = [
+        ("train_last_layers", "heads of all layers"),
+        ("score_first_layers", "heads of the first third of the layers"),
+    ]
+    assert set(found) == {*shares, ("localize_method", "random heads"), ("scorer", "random rows")}
     comparison, seconds = found["scorer", "random rows"]
     assert comparison.exact_match["mean"] == pytest.approx(15 / 40) and seconds == 1.0
     slow = evidence_of({**SIDES, ("affinity:proxy/robin", claims.P2D[1]): (30, 16.0, 1.0)})
-    assert [seconds for a, _, seconds in defaults.measured(slow) if a.field == "score_first_layers"] == [0.5]
+    assert [seconds for a, _, seconds in defaults.measured(slow) if a.instead == "heads of all layers"] == [8 / 9, 0.5]
 
 
 @pytest.mark.parametrize("alternative", defaults.ALTERNATIVES, ids=lambda a: f"{a.field}-{a.instead}")

@@ -14,8 +14,6 @@ from .summary import REFERENCE, Comparison, Evidence, Line, compare
 
 P2D = ("affinity:proxy/fifth/robin", "heads:proxy/late")
 LORA = (P2D[0], "lora-attention")
-# other shares of the layers
-ALL_LAYERS, LAST_LAYERS = "heads:proxy", "heads:proxy/last"
 EPOCHS = 3
 # targets of the full comparison, and how many of them the first claim asks for
 ALL_TARGETS, ENOUGH_TARGETS = 4, 3
@@ -131,9 +129,6 @@ def _whole(evidence: Evidence) -> Claim:
     verdict, figures = _whole_of(evidence, P2D)
     if verdict is None:
         return Claim(text, UNDECIDED, [])
-    for parameters, where in ((ALL_LAYERS, "all layers"), (LAST_LAYERS, "the last third of the layers")):
-        _, others = _whole_of(evidence, (P2D[0], parameters))
-        figures += [f"with heads of {where}: {figure}" for figure in others]
     return Claim(text, verdict, figures)
 
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from p2d_peft import P2DConfig
 
-from .claims import ALL_LAYERS, EPOCHS, LAST_LAYERS, P2D
+from .claims import EPOCHS, P2D
 from .summary import Comparison, Evidence, compare
 
-# The sides on which shares, and other ways to find heads and rows, are tried: cheaper to train, the same on both.
-TRIED = ("affinity:proxy/first/robin", LAST_LAYERS)
+
+# The sides on which shares and other ways to find heads are tried: cheaper to train, the same on both.
+TRIED = ("affinity:proxy/first/robin", "heads:proxy/last")
 
 
 @dataclass(frozen=True)
@@ -38,44 +39,45 @@ class Alternative:
         return f"{self.field}={value}"
 
 
-def _weights(field: str, instead: str, parameters: str) -> Alternative:
-    return Alternative(field, instead, P2D, (P2D[0], parameters))
+def _layers(instead: str, parameters: str) -> Alternative:
+    return Alternative("train_last_layers", instead, (TRIED[0], P2D[1]), (TRIED[0], parameters))
 
 
 def _rows(field: str, instead: str, data: str, setting: str = "mixed") -> Alternative:
     return Alternative(field, instead, P2D, (data, P2D[1]), setting)
 
 
-def _tried_weights(field: str, instead: str, parameters: str) -> Alternative:
+def _weights(field: str, instead: str, parameters: str) -> Alternative:
     return Alternative(field, instead, TRIED, (TRIED[0], parameters))
 
 
-def _tried_rows(field: str, instead: str, data: str) -> Alternative:
-    return Alternative(field, instead, TRIED, (data, TRIED[1]))
+def _ratio(instead: str, data: str) -> Alternative:
+    return Alternative("data_ratio", instead, TRIED, (data, TRIED[1]))
 
 
 ALTERNATIVES = (
-    _weights("train_last_layers", "heads of all layers", ALL_LAYERS),
-    _weights("train_last_layers", "heads of the last third of the layers", LAST_LAYERS),
-    _weights("localize_method", "random heads", "heads:random/late"),
-    _tried_weights("localize_method", "`gate`", "heads:gate/last"),
-    _tried_weights("localize_method", "`gain`", "heads:gain/last"),
-    _tried_weights("head_ratio", "a hundredth", f"{LAST_LAYERS}@0.01"),
-    _tried_weights("head_ratio", "a twentieth", f"{LAST_LAYERS}@0.05"),
-    _tried_weights("head_ratio", "three tenths", f"{LAST_LAYERS}@0.3"),
+    _layers("heads of all layers", "heads:proxy"),
+    _layers("heads of the last third of the layers", "heads:proxy/last"),
+    Alternative("localize_method", "random heads", P2D, (P2D[0], "heads:random/late")),
+    _weights("localize_method", "`gate`", "heads:gate/last"),
+    _weights("localize_method", "`gain`", "heads:gain/last"),
+    _weights("head_ratio", "a hundredth", f"{TRIED[1]}@0.01"),
+    _weights("head_ratio", "a twentieth", f"{TRIED[1]}@0.05"),
+    _weights("head_ratio", "three tenths", f"{TRIED[1]}@0.3"),
     _rows("scorer", "random rows", "random"),
     _rows("scorer", "random rows", "random", "own"),
-    _tried_rows("scorer", "`rds`", "rds/robin"),
-    _tried_rows("scorer", "`bm25`", "bm25/robin"),
-    _tried_rows("scorer", "`gradient`", "gradient:proxy/robin"),
-    _tried_rows("scorer", "`icl`, the paper's", "icl:proxy"),
+    _rows("scorer", "`bm25`", "bm25/robin"),
+    _rows("scorer", "`rds`", "rds/robin"),
+    _rows("scorer", "`less`", "less/robin"),
+    _rows("scorer", "`gradient`", "gradient:proxy/robin"),
+    _rows("scorer", "`icl`, the paper's", "icl:proxy"),
     _rows("score_first_layers", "heads of the first third of the layers", "affinity:proxy/first/robin"),
     _rows("score_first_layers", "heads of all layers", "affinity:proxy/robin"),
     _rows("round_robin", "the best scores", "affinity:proxy/fifth", "own"),
-    _tried_rows("data_ratio", "a hundredth", f"{TRIED[0]}@0.01"),
-    _tried_rows("data_ratio", "a twentieth", f"{TRIED[0]}@0.05"),
-    _tried_rows("data_ratio", "three tenths", f"{TRIED[0]}@0.3"),
-    _tried_rows("data_ratio", "all rows", "full"),
+    _ratio("a hundredth", f"{TRIED[0]}@0.01"),
+    _ratio("a twentieth", f"{TRIED[0]}@0.05"),
+    _ratio("three tenths", f"{TRIED[0]}@0.3"),
+    _ratio("all rows", "full"),
 )
 
 

@@ -114,9 +114,9 @@ def _defaults(evidence: Evidence) -> str:
         "seconds, over the other's",
     ]
     return (
-        "Each row has one choice of P2DTrainer's defaults against another, everything else being the same. Shares of heads "
-        f"and rows, and other ways to find them, are tried with `{TRIED[0]}` and `{TRIED[1]}` on both sides, which is "
-        "cheaper to train.\n\n"
+        "Each row has one choice of P2DTrainer's defaults against another, everything else being the same. Shares of the "
+        f"layers are compared on the rows of `{TRIED[0]}`. Shares of heads and rows, and other ways to find heads, are tried with "
+        f"these rows and `{TRIED[1]}` on both sides, which is cheaper to train.\n\n"
         f"{_markdown([*header, 'pairs'], rows)}"
     )
 
