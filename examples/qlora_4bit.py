@@ -1,5 +1,5 @@
 """
-As QLoRA does it: the base in 4 bits, trained weights in full precision. Needs `pip install p2d_peft[bitsandbytes]`.
+As QLoRA does it: the base in 4 bits, trained weights in full precision. Needs `pip install 'p2d_peft[bitsandbytes]'`.
 
     python examples/qlora_4bit.py --target my_task.jsonl
 

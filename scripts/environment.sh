@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Makes a virtual environment with this project in it, or brings it up to date.
 # usage: scripts/environment.sh FOLDER EXTRAS, for example: scripts/environment.sh .venv test,quickstart
-# PYTHON names the interpreter (python3 by default), CONSTRAINTS a file of versions, by default the one that keeps the
-# download light, and UPGRADE packages to bring to their newest version. With BASE, the folder of another environment, only
+# PYTHON names the interpreter (python3 by default), CONSTRAINTS a file of versions, by default those that were seen
+# working together, and UPGRADE packages to bring to their newest version. With BASE, the folder of another environment, only
 # what that one has not, or in another version, is installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."

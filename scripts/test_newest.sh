@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# The quick tests with the newest versions on PyPI, but for torch, whose newest is no CPU build. Arguments go to pytest. For
-# BASE see environment.sh.
+# The quick tests with the newest versions on PyPI, but for torch. Arguments go to pytest. For BASE see environment.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export VENV=.ci/venv-newest${BASE:+-over-base} CONSTRAINTS=.ci/newest.txt

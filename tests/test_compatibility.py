@@ -3,6 +3,8 @@
 import re
 
 import pytest
+import transformers
+from packaging.version import Version
 
 from .compatibility import CHECKS, PAGE, README, SIGNS, full_table, name_of, outcome, replaced, short_table
 from .tiny_models import LAYOUTS
@@ -10,6 +12,8 @@ from .tiny_models import LAYOUTS
 
 # each trains or exports or runs a model; the others are tested for themselves, on some of the layouts, or take longer
 TRIED = ("trains", "exact LoRA", "`gate`", "`icl`")
+# what the page's versions refuse and a later transformers lets work: layout, check -> from which version on
+WORKS_SINCE = {("codegen", "`icl`"): "5.24"}
 
 
 def outcomes():
@@ -39,4 +43,6 @@ def test_what_is_refused_is_told_of():
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_what_the_page_says_holds(name):
     for check in TRIED:
-        assert outcome(LAYOUTS[name], CHECKS[check]) == outcomes()[name][check], check
+        since = WORKS_SINCE.get((name, check))
+        works = since is not None and Version(transformers.__version__) >= Version(since)
+        assert outcome(LAYOUTS[name], CHECKS[check]) == ("yes" if works else outcomes()[name][check]), check

@@ -71,7 +71,7 @@ def training_arguments(
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         max_length=training.max_length,
         train_sampling_strategy="group_by_length",
-        activation_checkpointing=training.activation_checkpointing,
+        gradient_checkpointing=training.activation_checkpointing,  # its name in all versions of transformers
         bf16=bf16,
         use_cpu=on_cpu,
         seed=seed,

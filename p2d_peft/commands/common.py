@@ -129,7 +129,7 @@ def check_plot(path: Path) -> None:
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
-        raise ImportError("--plot needs matplotlib: `pip install p2d_peft[plots]`.") from error
+        raise ImportError("--plot needs matplotlib: `pip install 'p2d_peft[plots]'`.") from error
     if path.suffix[1:] not in FigureCanvasBase.get_supported_filetypes():
         raise ValueError(f"--plot '{path}' has an ending that matplotlib does not know; take .png, .svg or .pdf.")
     check_writable(path)

@@ -323,7 +323,7 @@ class HeadScores:
             from matplotlib import pyplot
             from matplotlib.patches import Rectangle
         except ImportError as error:
-            raise ImportError("`HeadScores.plot` needs matplotlib: `pip install p2d_peft[plots]`.") from error
+            raise ImportError("`HeadScores.plot` needs matplotlib: `pip install 'p2d_peft[plots]'`.") from error
         n_layers, n_heads = self.values.shape
         if ax is None:
             _, ax = pyplot.subplots(figsize=(2 + 0.35 * n_heads, 1.5 + 0.25 * n_layers), layout="constrained")

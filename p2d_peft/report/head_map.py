@@ -32,7 +32,7 @@ def save_head_map(path: str | Path, heads: HeadSet, geometry: ModelGeometry, sco
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("A picture of the heads needs matplotlib: `pip install p2d_peft[plots]`.") from error
+        raise ImportError("A picture of the heads needs matplotlib: `pip install 'p2d_peft[plots]'`.") from error
     n_layers, n_heads = geometry.shape
     # no pyplot: it would choose a backend, and keep the figure, for the whole process
     figure = Figure(figsize=(2 + 0.35 * n_heads, 1.5 + 0.25 * n_layers), layout="constrained")

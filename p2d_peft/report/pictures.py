@@ -44,7 +44,7 @@ def save_pictures(folder: str | Path, run: Run) -> dict[str, str]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Pictures of a run need matplotlib: `pip install p2d_peft[plots]`.") from error
+        raise ImportError("Pictures of a run need matplotlib: `pip install 'p2d_peft[plots]'`.") from error
     costs, selection, curves = Costs.of(run.report), run.selection, run.curves[:2]
     said: dict[str, str] = {}
 

@@ -31,7 +31,7 @@ def plot_scores(scores: torch.Tensor, kept: Sequence[int], ax: Axes | None = Non
     try:
         from matplotlib import pyplot
     except ImportError as error:
-        raise ImportError("`plot_scores` needs matplotlib: `pip install p2d_peft[plots]`.") from error
+        raise ImportError("`plot_scores` needs matplotlib: `pip install 'p2d_peft[plots]'`.") from error
     if ax is None:
         _, ax = pyplot.subplots(figsize=(7, 4), layout="constrained")
     is_kept = torch.zeros(len(scores), dtype=torch.bool)

@@ -69,7 +69,7 @@ def observable_attention(
         `ValueError`: if the model's attention implementation cannot be exchanged, or the model does not do with SDPA.
     """
     transformer = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-    if transformer is None or not transformer._supports_sdpa or not transformer._can_set_attn_implementation():
+    if transformer is None or not _does_with_sdpa(transformer) or not transformer._can_set_attn_implementation():
         raise ValueError(
             f"The attention implementation of `model` ({type(transformer or model).__name__}) cannot be exchanged for "
             "SDPA; use a scorer that needs no attention weights, such as 'affinity'."
@@ -97,6 +97,12 @@ def observable_attention(
         yield observed
     finally:
         transformer.set_attn_implementation(original)
+
+
+def _does_with_sdpa(transformer: PreTrainedModel) -> bool:
+    # Gemma 2 caps its logits, which SDPA leaves out; older versions of transformers let it go through SDPA all the same.
+    caps = getattr(transformer.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return transformer._supports_sdpa and not caps
 
 
 def _observer_of(

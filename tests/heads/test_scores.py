@@ -226,5 +226,5 @@ def test_heads_of_one_group_can_be_kept_apart(tmp_path):
 
 def test_a_missing_matplotlib_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"`HeadScores.plot` needs matplotlib: `pip install p2d_peft\[plots\]`"):
+    with pytest.raises(ImportError, match=r"`HeadScores.plot` needs matplotlib: `pip install 'p2d_peft\[plots\]'`"):
         HeadScores(torch.ones(2, 2), "random").plot()

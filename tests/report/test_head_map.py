@@ -47,5 +47,5 @@ def test_layers_without_heads_and_several_stacks(tmp_path):
 
 def test_a_missing_matplotlib_is_named(geometry, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"picture of the heads needs matplotlib: `pip install p2d_peft\[plots\]`"):
+    with pytest.raises(ImportError, match=r"picture of the heads needs matplotlib: `pip install 'p2d_peft\[plots\]'`"):
         save_head_map(tmp_path / "a.png", HeadSet([(0, 1)]), geometry)

@@ -35,5 +35,5 @@ def test_what_an_earlier_run_left_gives_way(tmp_path):
 
 def test_without_matplotlib_there_is_a_way_out(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install p2d_peft\[plots\]"):
+    with pytest.raises(ImportError, match=r"pip install 'p2d_peft\[plots\]'"):
         save_pictures(tmp_path, Run(report()))

@@ -23,5 +23,5 @@ def test_histogram_counts_each_row_once_and_marks_the_cut():
 
 def test_a_missing_matplotlib_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"`plot_scores` needs matplotlib: `pip install p2d_peft\[plots\]`"):
+    with pytest.raises(ImportError, match=r"`plot_scores` needs matplotlib: `pip install 'p2d_peft\[plots\]'`"):
         plot_scores(torch.ones(2), kept=[1])

@@ -22,6 +22,7 @@ def _from_cpu_to_cpu(monkeypatch):
         self.entered, self.moved = 0, 0
         with monkeypatch.context() as patch:
             patch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+            patch.setattr(torch.cuda, "default_stream", lambda: None)  # TRL 1.8 asks for it, used or not
             init(self, **{**kwargs, "use_pin_memory": False, "use_streams": False})
 
     def enter_and_note(self):

@@ -67,7 +67,7 @@ def test_without_matplotlib_the_picture_is_left_out(tmp_path, monkeypatch, caplo
         save_heads(tmp_path, tiny_model(), HeadSet([(0, 1)]), None)
     assert there(tmp_path) == ["p2d_heads.json"]
     (record,) = caplog.records
-    assert "There is no p2d_heads.png" in record.message and "pip install p2d_peft[plots]" in record.message
+    assert "There is no p2d_heads.png" in record.message and "pip install 'p2d_peft[plots]'" in record.message
 
 
 def test_no_lora_of_what_fits_into_none(tmp_path, caplog):
