@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from p2d_peft import HeadSet, HeadSparseConfig
 
-from .profile import Training
+from .profile import OF_HEADS, Training
 
 
 RANK = 16
@@ -27,8 +27,8 @@ def adapter_config(adapter: str, heads: HeadSet | None, seed: int) -> PeftConfig
     """The adapter of one of `profile.ADAPTERS`; None is full fine-tuning."""
     if adapter == "full":
         return None
-    if adapter == "heads":
-        return HeadSparseConfig(heads=heads, task_type="CAUSAL_LM")
+    if adapter in OF_HEADS:
+        return HeadSparseConfig(heads=heads, share_kv=adapter == "heads", task_type="CAUSAL_LM")
     if adapter == "shira":
         return ShiraConfig(r=RANK, target_modules=ATTENTION, random_seed=seed, task_type="CAUSAL_LM")
     modules = ATTENTION if adapter == "lora-attention" else "all-linear"

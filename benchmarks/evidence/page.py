@@ -43,7 +43,7 @@ def page(evidence: Evidence, results: Path, pictures: list[str]) -> str:
         "```bash\nbash scripts/evidence.sh\n```",
         "Rows are named by what chooses them: `SCORER:HEADS`, `/fifth` or `/first` where only heads of the first fifth or third "
         "of the layers score, `/robin` where the target's samples take turns. Weights are named by what is trained: "
-        f"`heads:METHOD`, `/late` or `/last` for heads of the last two thirds or the last third; `{P2D[0]}` with `{P2D[1]}` is what `P2DTrainer` does by default. `@` is a share other "
+        f"`heads:METHOD`, `/late` or `/last` for heads of the last two thirds or the last third, `heads-qo` without keys and values; `{P2D[0]}` with `{P2D[1]}` is what `P2DTrainer` does by default. `@` is a share other "
         "than a tenth.",
         f"The model is {evidence.settings['model']}, the rows are BIG-bench's. A pool has {problem['pool_rows']} rows of each "
         f"task; heads and rows are chosen with {problem['target_rows']} samples of the target that are not in it, the "

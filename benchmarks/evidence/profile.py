@@ -25,7 +25,9 @@ _WITHOUT_TARGET = (None, "random", "magnitude", ALL_HEADS)
 METHODS = (*get_args(LocalizeMethod), ALL_HEADS)
 # by what stands in a row's name, the share of the layers, counted from the first one, whose heads score
 PARTS = {"first": 0.33, "fifth": 0.2}
-ADAPTERS = ("full", "lora-attention", "lora-all", "shira", "heads")
+# `heads-qo` leaves out the keys and values that a group of heads shares
+OF_HEADS = ("heads", "heads-qo")
+ADAPTERS = ("full", "lora-attention", "lora-all", "shira", *OF_HEADS)
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,9 @@ class Parameters:
 
     Args:
         adapter (`str`): One of `ADAPTERS`.
-        method (`str`, *optional*): Of `heads`, what finds them.
-        choice (`str`): Of `heads`, how they are chosen by their scores, one of `localize.CHOICES`.
-        ratio (`float`): Of `heads`, the share of them.
+        method (`str`, *optional*): Of `OF_HEADS`, what finds the heads.
+        choice (`str`): Of these, how heads are chosen by their scores, one of `localize.CHOICES`.
+        ratio (`float`): Of these, the share of the heads.
     """
 
     adapter: str
@@ -99,13 +101,13 @@ class Parameters:
 
     @classmethod
     def read(cls, text: str) -> Parameters:
-        """From `full`, `lora-attention`, ..., or `heads:METHOD[/CHOICE][@RATIO]`."""
+        """From `full`, `lora-attention`, ..., or `heads:METHOD[/CHOICE][@RATIO]`, or with `heads-qo`."""
         name, ratio = split_ratio(text)
         adapter, _, rest = name.partition(":")
         method, _, choice = rest.partition("/")
         if adapter not in ADAPTERS:
             raise ValueError(f"parameters '{text}': '{adapter}' is not one of {list(ADAPTERS)}.")
-        if adapter != "heads":
+        if adapter not in OF_HEADS:
             if rest or "@" in text:
                 raise ValueError(f"parameters '{text}': '{adapter}' takes neither a method nor a ratio.")
             return cls(adapter)
@@ -117,10 +119,10 @@ class Parameters:
         return cls(adapter, method, choice or "spread", ratio)
 
     def __str__(self) -> str:
-        if self.adapter != "heads":
+        if self.adapter not in OF_HEADS:
             return self.adapter
         choice = "" if self.choice == "spread" else f"/{self.choice}"
-        return f"heads:{self.method}{choice}{_suffix(self.ratio)}"
+        return f"{self.adapter}:{self.method}{choice}{_suffix(self.ratio)}"
 
 
 def split_ratio(text: str) -> tuple[str, float]:
