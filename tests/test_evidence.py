@@ -255,7 +255,11 @@ def test_claims():
     assert data.verdict == claims.UNDECIDED and "own pool: not run" in data.figures
     assert coupling.verdict == claims.NOT_HELD  # no better than rows by random heads
     assert whole.verdict == claims.HELD and "AER 0.080" in whole.figures[1]
-    assert forgetting.verdict == claims.HELD
+    assert forgetting.verdict == claims.HELD and len(forgetting.figures) == 1
+    without_kv = claims.judge(evidence_of({**SIDES, (claims.P2D[0], claims.WITHOUT_KV): (28, 8.0, 0.5)}))[4]
+    assert (
+        "share_kv=False`): NLL of unrelated passages -0.700" in without_kv.figures[1] and len(without_kv.figures) == 3
+    )
 
     worse = {**SIDES, ("full", "full"): (35, 100.0, 1.0), ("random", claims.P2D[1]): (29, 8.0, 1.0)}
     worse[claims.LORA] = (28, 9.0, 0.9)
