@@ -142,7 +142,8 @@ def _head_on_counted(model: nn.Module, counts: torch.Tensor) -> Iterator[list[bo
         done.append(True)
         return (args[0][counts.to(args[0].device)][None], *args[1:])
 
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get_output_embeddings = getattr(model, "get_output_embeddings", None)
+    head: nn.Module | None = None if get_output_embeddings is None else get_output_embeddings()
     handle = None if head is None else head.register_forward_pre_hook(keep)
     try:
         yield done
