@@ -27,6 +27,11 @@ def machine() -> dict[str, Any]:
     return found
 
 
+def device() -> torch.device:
+    """The accelerator, or the CPU without one."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
 def now() -> float:
     """Seconds of a clock, once the accelerator, if there is one, has done all that it was given."""
     if torch.accelerator.is_available():

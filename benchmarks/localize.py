@@ -47,7 +47,7 @@ from typing import Any, get_args
 import torch
 from answers import Batch, judge_answers, predictions
 from datasets import Dataset, disable_progress_bars
-from environment import command, load_average, machine, now, versions
+from environment import command, device, load_average, machine, now, versions
 from localize_report import ARMS, BASE, FULL_STEP, SCORES, SETTINGS, markdown, summarize
 from peft import get_peft_model
 from torch import nn
@@ -181,8 +181,7 @@ class Judge:
     def __init__(self, args: argparse.Namespace, arguments: list[str]) -> None:
         self.args = args
         self.command = command("localize.py", arguments)
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        self.device = accelerator or torch.device("cpu")
+        self.device = device()
         dtype = fast_dtype() if args.dtype == "auto" else getattr(torch, args.dtype)
         self.bf16 = dtype == torch.bfloat16
         self._check_settings(str(dtype).removeprefix("torch."))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from environment import device
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -40,10 +41,9 @@ def load_model(model: str | None, shape: str | None, dtype: torch.dtype) -> nn.M
         shape (`str`, *optional*): Without `model`: one of `SHAPES`, to be filled with random weights.
         dtype (`torch.dtype`): Of its weights.
     """
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     if model is not None:
-        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device)
+        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device())
         return loaded
     assert shape is not None
-    with device:  # there it is quicker by far
+    with device():  # there it is quicker by far
         return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPES[shape]), dtype=dtype)

@@ -5,7 +5,6 @@ What runs on an accelerator gives what it gives on the CPU. The other tests hide
 """
 
 import copy
-import os
 from contextlib import nullcontext
 from typing import get_args
 
@@ -25,7 +24,7 @@ from .model_checks import assert_unchanged, mixed_state, snapshot
 from .quantized_models import SCHEMES, SIZES, save_base
 from .tiny_data import prompt_completion
 from .tiny_models import FEW, LAYOUTS, random_batch, tiny_model, tiny_tokenizer
-from .trainer.test_p2d_trainer import assert_same_weights, trainer
+from .trainer.test_p2d_trainer import assert_same_weights, deltas, trainer
 
 
 DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -47,10 +46,6 @@ def _cheap_less(monkeypatch):
 
 def moved(batch):
     return {key: value.to(DEVICE) for key, value in batch.items()}
-
-
-def deltas(model):
-    return {name: p.detach().cpu() for name, p in model.named_parameters() if "head_sparse" in name}
 
 
 def device_rng():
@@ -248,7 +243,3 @@ def test_compiled_for_the_device(r):
     torch.testing.assert_close(compiled_loss, loss, rtol=1e-4, atol=1e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(compiled_gradients[name], gradient, rtol=1e-3, atol=1e-5)
-
-
-def test_the_device_is_not_hidden_by_accident():
-    assert os.environ["CUDA_VISIBLE_DEVICES"] or DEVICE.type != "cuda"

@@ -128,20 +128,12 @@ def _whole(evidence: Evidence) -> Claim:
         "The whole: within a point of full fine-tuning on all data, or above it, at an AER of at most 0.10, and ahead of "
         "LoRA on the same rows in accuracy per second."
     )
-    verdict, figures = _whole_of(evidence, P2D)
-    if verdict is None:
-        return Claim(text, UNDECIDED, [])
-    return Claim(text, verdict, figures)
-
-
-def _whole_of(evidence: Evidence, side: tuple[str, str]) -> tuple[str | None, list[str]]:
-    """Whether the claim holds for data and parameters, and the figures; None where there is no reference."""
-    full = compare(evidence, side, REFERENCE, epochs=EPOCHS)
-    lora = compare(evidence, side, LORA, epochs=EPOCHS)
-    ours = _lines(evidence, side)
+    full = compare(evidence, P2D, REFERENCE, epochs=EPOCHS)
+    lora = compare(evidence, P2D, LORA, epochs=EPOCHS)
+    ours = _lines(evidence, P2D)
     aers = {target: aer for target, line in ours.items() if (aer := evidence.aer(line)) is not None}
     if full is None or not aers:
-        return None, []
+        return Claim(text, UNDECIDED, [])
     mean_aer = sum(aers.values()) / len(aers)
     of_targets = ", ".join(f"{target} {points(found)}" for target, found in full.of_targets.items())
     figures = [
@@ -159,7 +151,7 @@ def _whole_of(evidence: Evidence, side: tuple[str, str]) -> tuple[str | None, li
         figures.append(_figure("against LoRA on the same rows", lora))
         figures.append(f"exact match per 1,000 s: {100_000 * rates[0]:.0f} points, LoRA {100_000 * rates[1]:.0f}")
         held = held and rates[0] >= rates[1]
-    return (UNDECIDED if lora is None and held else HELD if held else NOT_HELD), figures
+    return Claim(text, UNDECIDED if lora is None and held else HELD if held else NOT_HELD, figures)
 
 
 def _forgetting(evidence: Evidence) -> Claim:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from answers import judge_answers
-from environment import load_average, machine, versions
+from environment import device, load_average, machine, versions
 from quickstart import fast_dtype
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -49,7 +49,7 @@ class Runner:
     def __init__(self, profile: Profile, tasks: dict[str, list[Row]], model: str, folder: Path, command: str) -> None:
         self.profile, self.tasks, self.model, self.folder, self.command = profile, tasks, model, folder, command
         training = profile.training
-        self.device = torch.device("cpu") if adapt.on_cpu() else torch.accelerator.current_accelerator()
+        self.device = device()
         dtype = fast_dtype() if training.dtype == "auto" else getattr(torch, training.dtype)
         self.bf16 = dtype == torch.bfloat16
         self._check_settings(str(dtype).removeprefix("torch."))

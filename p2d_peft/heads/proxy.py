@@ -60,10 +60,11 @@ def proxy_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[Ba
     steps = 0
     try:
         for batch in batches:
-            if not (predicted(model, batch["labels"]) != IGNORED).any():
+            n_counted = int((predicted(model, batch["labels"]) != IGNORED).sum())
+            if not n_counted:
                 continue
             optimizer.zero_grad()
-            _add_gradients(model, list(parameters.values()), list(masters.values()), batch)
+            _add_gradients(model, list(parameters.values()), list(masters.values()), batch, n_counted)
             optimizer.step()
             with torch.no_grad():
                 for name, parameter in parameters.items():
@@ -83,16 +84,15 @@ def proxy_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[Ba
 
 
 def _add_gradients(
-    model: nn.Module, parameters: list[nn.Parameter], masters: list[nn.Parameter], batch: Batch
+    model: nn.Module, parameters: list[nn.Parameter], masters: list[nn.Parameter], batch: Batch, n_counted: int
 ) -> None:
-    """Add the gradients of the batch's mean loss to the masters', for a few rows at a time."""
+    """Add the gradients of the mean loss over the batch's tokens that count to the masters', for a few rows at a time."""
     device, n_tokens = model_device(model), batch["labels"].shape[1]
-    n_counted = (predicted(model, batch["labels"]) != IGNORED).sum()
     for rows in torch.arange(len(batch["labels"])).split(max(1, TOKENS_AT_ONCE // n_tokens)):
         part = {key: value[rows].to(device) for key, value in batch.items()}
         if not (predicted(model, part["labels"]) != IGNORED).any():
             continue
-        loss = token_losses(model, part).sum() / n_counted.to(device)
+        loss = token_losses(model, part).sum() / n_counted
         # autograd.grad leaves every .grad of the model alone
         for master, gradient in zip(masters, torch.autograd.grad(loss, parameters), strict=True):
             master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
