@@ -10,7 +10,7 @@ from .claims import EPOCHS, P2D
 from .summary import Comparison, Evidence, compare
 
 
-# The sides on which shares and other ways to find heads are tried: cheaper to train, the same on both.
+# The sides on which shares of heads and of rows are tried: cheaper to train, the same on both.
 TRIED = ("affinity:proxy/first/robin", "heads:proxy/last")
 
 
@@ -47,8 +47,8 @@ def _rows(field: str, instead: str, data: str, setting: str = "mixed") -> Altern
     return Alternative(field, instead, P2D, (data, P2D[1]), setting)
 
 
-def _weights(field: str, instead: str, parameters: str) -> Alternative:
-    return Alternative(field, instead, TRIED, (TRIED[0], parameters))
+def _heads(instead: str, parameters: str) -> Alternative:
+    return Alternative("head_ratio", instead, TRIED, (TRIED[0], parameters))
 
 
 def _ratio(instead: str, data: str) -> Alternative:
@@ -59,11 +59,11 @@ ALTERNATIVES = (
     _layers("heads of all layers", "heads:proxy"),
     _layers("heads of the last third of the layers", "heads:proxy/last"),
     Alternative("localize_method", "random heads", P2D, (P2D[0], "heads:random/late")),
-    _weights("localize_method", "`gate`", "heads:gate/last"),
-    _weights("localize_method", "`gain`", "heads:gain/last"),
-    _weights("head_ratio", "a hundredth", f"{TRIED[1]}@0.01"),
-    _weights("head_ratio", "a twentieth", f"{TRIED[1]}@0.05"),
-    _weights("head_ratio", "three tenths", f"{TRIED[1]}@0.3"),
+    Alternative("localize_method", "`gate`", P2D, (P2D[0], "heads:gate/late")),
+    Alternative("localize_method", "`gain`", P2D, (P2D[0], "heads:gain/late")),
+    _heads("a hundredth", f"{TRIED[1]}@0.01"),
+    _heads("a twentieth", f"{TRIED[1]}@0.05"),
+    _heads("three tenths", f"{TRIED[1]}@0.3"),
     _rows("scorer", "random rows", "random"),
     _rows("scorer", "random rows", "random", "own"),
     _rows("scorer", "`bm25`", "bm25/robin"),

@@ -115,8 +115,8 @@ def _defaults(evidence: Evidence) -> str:
     ]
     return (
         "Each row has one choice of P2DTrainer's defaults against another, everything else being the same. Shares of the "
-        f"layers are compared on the rows of `{TRIED[0]}`. Shares of heads and rows, and other ways to find heads, are tried with "
-        f"these rows and `{TRIED[1]}` on both sides, which is cheaper to train.\n\n"
+        f"layers are compared on the rows of `{TRIED[0]}`. Shares of heads and of rows are tried with these rows "
+        f"and `{TRIED[1]}` on both sides, which is cheaper to train.\n\n"
         f"{_markdown([*header, 'pairs'], rows)}"
     )
 
