@@ -6,8 +6,8 @@ Which rows and which weights to train: arms as a YAML file declares them, run an
     python benchmarks/run_evidence.py check benchmarks/evidence/profiles/paper.yaml
 
 `run` writes one file for each arm into `--output`, with which it goes on wherever it was stopped: what is there is not
-run again. SmolLM2-135M-Instruct and BIG-bench's rows come from PyPI. `report` writes `docs/results.md` and its pictures from
-these files. `check` says what a profile would run.
+run again. SmolLM2-135M-Instruct and BIG-bench's rows come from PyPI. `report` writes `docs/results.md`, its pictures and the
+README's table from these files, or another `--page`. `check` says what a profile would run.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from p2d_peft.files import replacing
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "evidence"
+PAGE = ROOT / "docs" / "results.md"
 
 
 def run(args: argparse.Namespace, arguments: list[str]) -> None:
@@ -59,14 +60,13 @@ def make_runner(threads: int, *arguments: Any) -> Runner:
     return Runner(*arguments)
 
 
-def report(results: Path, docs: Path, readme: Path) -> None:
-    """Write the page, its pictures and the README's table from what is in `results`."""
+def report(results: Path, to: Path, readme: Path | None) -> None:
+    """Write a page and its pictures from what is in `results`, and the README's table where there is a README."""
     evidence = read_evidence(results)
-    pictures = plots.save_plots(evidence, results, docs / "results")
-    texts = {
-        docs / "results.md": page.page(evidence, results, pictures),
-        readme: page.with_results(readme.read_text(encoding="utf-8"), page.readme_table(evidence)),
-    }
+    pictures = plots.save_plots(evidence, results, to.with_suffix(""))
+    texts = {to: page.page(evidence, results, [f"{to.stem}/{name}" for name in pictures])}
+    if readme is not None:
+        texts[readme] = page.with_results(readme.read_text(encoding="utf-8"), page.readme_table(evidence))
     for path, text in texts.items():
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -98,8 +98,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     runs.add_argument("--jobs", type=int, default=1, help="processes (default: %(default)s)")
     runs.add_argument("--threads", type=int, default=1, help="of each process (default: %(default)s)")
-    reports = commands.add_parser("report", help="write docs/results.md, its pictures and the README's table")
+    reports = commands.add_parser(
+        "report", help="write a page and its pictures, and with docs/results.md the README's table"
+    )
     reports.add_argument("--output", type=Path, default=RESULTS, help="where the results are")
+    reports.add_argument("--page", type=Path, default=PAGE, help="default: docs/results.md")
     checks = commands.add_parser("check", help="say what a profile would run")
     checks.add_argument("profile", type=Path)
     checks.add_argument("--only", nargs="+", metavar="TEXT", help="as for `run`")
@@ -107,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "run":
         run(args, arguments)
     elif args.command == "report":
-        report(args.output, ROOT / "docs", ROOT / "README.md")
+        report(args.output, args.page, ROOT / "README.md" if args.page == PAGE else None)
     else:
         profile = Profile.read(args.profile)
         profile = profile.only(args.only) if args.only else profile

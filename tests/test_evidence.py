@@ -2,11 +2,16 @@
 
 import dataclasses
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -300,7 +305,7 @@ def test_the_report(results, tmp_path):
     folder, _ = results
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{page.README_START}\nold\n{page.README_END}\nafter\n")
-    run_evidence.report(folder, tmp_path / "docs", readme)
+    run_evidence.report(folder, tmp_path / "docs" / "results.md", readme)
     text = (tmp_path / "docs" / "results.md").read_text()
     n_tried = 2 * 2 + 2 + 2 + 2  # rates of heads, LoRA's one, one more cell's two, and the reference for two targets
     assert text.partition("learning rates that were tried")[2].count("| mixed |") == n_tried
@@ -313,21 +318,79 @@ def test_the_report(results, tmp_path):
     assert f"`{claims.P2D[0]}` | `{claims.P2D[1]}`" in made
 
     once = {path: path.read_bytes() for path in (tmp_path / "docs").rglob("*.*")}
-    run_evidence.report(folder, tmp_path / "docs", readme)
+    run_evidence.report(folder, tmp_path / "docs" / "results.md", readme)
     assert once == {path: path.read_bytes() for path in (tmp_path / "docs").rglob("*.*")}
     readme.write_text("without marks")
     with pytest.raises(ValueError, match="lacks the lines"):
-        run_evidence.report(folder, tmp_path / "docs", readme)
+        run_evidence.report(folder, tmp_path / "docs" / "results.md", readme)
 
 
 def test_what_is_published_is_what_the_results_say():
     """`docs/results.md` and the README's table are made by `run_evidence.py report`, and not by hand."""
     evidence = summary.read_evidence(run_evidence.RESULTS)
-    pictures = sorted((ROOT / "docs" / "results").glob("*.svg"), key=lambda path: list(page.PICTURES).index(path.name))
-    text = page.page(evidence, run_evidence.RESULTS, [path.name for path in pictures])
+    found = {path.name for path in (ROOT / "docs" / "results").glob("*.svg")}
+    pictures = [f"results/{name}" for name in page.PICTURES if name in found]
+    text = page.page(evidence, run_evidence.RESULTS, pictures)
     assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == text
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert page.with_results(readme, page.readme_table(evidence)) == readme
+
+
+SLEEPERS = """
+import os, sys, time
+from functools import partial
+from pathlib import Path
+
+from evidence.profile import Profile
+from evidence.schedule import run_all
+
+
+class Sleeper:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def base(self, target):
+        (self.folder / f"{os.getpid()}.pid").touch()
+        time.sleep(600)
+
+    def localize(self, *arguments):
+        self.base(None)
+
+
+if __name__ == "__main__":
+    run_all(Profile.read(sys.argv[1]), partial(Sleeper, Path(sys.argv[2])), jobs=2)
+"""
+
+
+def has_ended(process):
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE  # where nobody asks for what it ended with
+    except psutil.NoSuchProcess:
+        return True
+
+
+def wait_until(true):
+    deadline = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_no_process_at_work(tmp_path):
+    script = tmp_path / "sleepers.py"
+    script.write_text(SLEEPERS)
+    path = os.pathsep.join(map(str, (BENCHMARKS, ROOT / "examples", ROOT)))
+    command = [sys.executable, str(script), str(PROFILES[0].with_name("small.yaml")), str(tmp_path)]
+    run = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
+    try:
+        wait_until(lambda: run.poll() is not None or len(list(tmp_path.glob("*.pid"))) == 2)
+        workers = [psutil.Process(int(path.stem)) for path in tmp_path.glob("*.pid")]
+        assert len(workers) == 2 and not any(map(has_ended, workers))
+    finally:
+        run.kill()
+        run.wait()
+    wait_until(lambda: all(map(has_ended, workers)))
 
 
 # -- problems

@@ -1,4 +1,4 @@
-"""`docs/results.md` and the README's table, written from the results and never by hand."""
+"""Pages of results such as `docs/results.md`, and the README's table, written from the results and never by hand."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ README_START, README_END = "<!-- results: made by benchmarks/run_evidence.py rep
 
 
 def page(evidence: Evidence, results: Path, pictures: list[str]) -> str:
-    """The page, as Markdown."""
+    """The page, as Markdown; `pictures` are addresses as seen from it."""
     problem, training = evidence.settings["problem"], evidence.settings["training"]
     parts = [
         "# Results",
-        "How good P2D is on a small model, against what one would pick instead. Written by `python benchmarks/run_evidence.py report` from the files in `benchmarks/results/evidence`, one for "
-        f"each training; {evidence.arms} so far. To rerun the small profile, from a clean clone:",
+        "How good P2D is on a small model, against what one would pick instead. Written by `python "
+        f"benchmarks/run_evidence.py report` from the files in `benchmarks/results/{results.name}`, one for each training; {evidence.arms} so far. To rerun the small profile, from a clean clone:",
         "```bash\nbash scripts/evidence.sh\n```",
         "Rows are named by what chooses them: `SCORER:HEADS`, `/fifth` or `/first` where only heads of the first fifth or third "
         "of the layers score, `/robin` where the target's samples take turns. Weights are named by what is trained: "
@@ -59,7 +59,7 @@ def page(evidence: Evidence, results: Path, pictures: list[str]) -> str:
         "weights, is in [Benchmarks](benchmarks.md#what-does-a-run-cost-on-a-gpu).",
         "## The claims",
         _claims(evidence),
-        *(f"![{PICTURES[name]}](results/{name})\n\n*{PICTURES[name]}.*" for name in pictures),
+        *(_picture(address) for address in pictures),
         _overlap(evidence, results),
         "## The defaults",
         _defaults(evidence),
@@ -80,6 +80,11 @@ def page(evidence: Evidence, results: Path, pictures: list[str]) -> str:
         _provenance(evidence),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _picture(address: str) -> str:
+    text = PICTURES[Path(address).name]
+    return f"![{text}]({address})\n\n*{text}.*"
 
 
 def _claims(evidence: Evidence) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.queues import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import torch
@@ -114,6 +117,15 @@ def _wait_for(pieces: list[Future[None]]) -> None:
 
 
 def _start(make_runner: Callable[[], Runner], numbers: SimpleQueue[int]) -> None:
+    Thread(target=_end_with_parent, daemon=True).start()
     if torch.accelerator.is_available():  # one for each process, as far as there are so many
         torch.accelerator.set_device_index(numbers.get() % torch.accelerator.device_count())
     _of_process[:] = [make_runner()]
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it has ended: killed, it can't tell the others to."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
