@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 
-# `aminmax` knows no others; weights of 8 bits and less are quantized or close to it
-_CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Weights of 8 bits and less are quantized or close to it: they mean something with their scales only, and `aminmax` and
+# additions do not know them.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_module(model: Any) -> None:
@@ -42,7 +43,7 @@ def check_runnable(model: nn.Module) -> None:
                 "give them values with `model.to_empty(...)` and `load_state_dict`."
             )
         # what is no plain tensor is sharded or quantized
-        if type(parameter.data) is not torch.Tensor or parameter.dtype not in _CHECKED:
+        if type(parameter.data) is not torch.Tensor or parameter.dtype not in FLOATS:
             continue
         if parameter.is_meta or not parameter.numel():
             continue

@@ -47,6 +47,12 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad = flag
 
 
+def uncompiled() -> AbstractContextManager[None]:
+    """Context in which nothing compiled runs: code that was compiled without a stage's hooks would not call them."""
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
 def autocast_without_cache(model: nn.Module) -> AbstractContextManager[None]:
     """
     The caller's autocast, if there is one, without its cache: that would keep the low-precision copies of the weights
@@ -56,6 +62,11 @@ def autocast_without_cache(model: nn.Module) -> AbstractContextManager[None]:
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return nullcontext()
     return torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)
+
+
+def where_float64_is(values: torch.Tensor) -> torch.Tensor:
+    """The values where they are, or on the CPU where their device knows no float64 (MPS)."""
+    return values.cpu() if values.device.type == "mps" else values
 
 
 def model_device(model: nn.Module) -> torch.device:

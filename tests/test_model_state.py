@@ -1,7 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from p2d_peft.model_state import model_device, model_id, preserved_state
+from p2d_peft.model_state import model_device, model_id, preserved_state, uncompiled, where_float64_is
 
 from .quantized_models import load_quantized, save_base
 from .tiny_models import random_batch, tiny_model
@@ -34,6 +36,26 @@ def test_four_bit_weights_are_not_reordered(tmp_path):
         model(**random_batch())
     assert layers and all(layer.support_avx512bf16_for_cpu for layer in layers)
     assert all(torch.equal(layer.weight.data, data) for layer, data in zip(layers, before, strict=True))
+
+
+def test_hooks_work_on_a_compiled_model_whose_code_was_compiled_without_them():
+    model, batch, seen = tiny_model(), random_batch(), []
+    layer = model.model.layers[0]
+    layer.compile(backend="eager")
+    with torch.no_grad():
+        model(**batch)
+        handle = layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+        with uncompiled():
+            model(**batch)
+    handle.remove()
+    assert len(seen) == 1
+
+
+def test_values_go_where_float64_is():
+    values = torch.ones(2)
+    assert where_float64_is(values) is values
+    on_a_mac = SimpleNamespace(device=torch.device("mps"), cpu=lambda: values)
+    assert where_float64_is(on_a_mac) is values
 
 
 def test_device_and_id():

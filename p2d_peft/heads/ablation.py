@@ -45,13 +45,13 @@ def ablation_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable
         if not rows:
             continue
         batch = right_padded(rows)
-        whole = sample_losses(model, batch).double()
+        whole = sample_losses(model, batch).cpu().double()
         for layer, attention in geometry.items():
             gates = torch.ones(1, attention.n_heads, device=model_device(model))
             with gated(model, geometry, {layer: gates}):
                 for head in range(attention.n_heads):
                     gates[0, head] = 0
-                    changes[layer][head] += (sample_losses(model, batch).double() - whole).sum().cpu()
+                    changes[layer][head] += (sample_losses(model, batch).cpu().double() - whole).sum()
                     gates[0, head] = 1
         n_samples += len(rows)
     if not n_samples:

@@ -68,7 +68,7 @@ def gate_gradients(model: nn.Module, geometry: ModelGeometry, batch: Batch) -> l
     with gated(model, geometry, gates):
         # a sample's loss does not depend on the other samples' gates
         loss = sample_losses(model, right_padded(rows)).sum()
-    gradients = [gradient.double().cpu() for gradient in torch.autograd.grad(loss, list(gates.values()))]
+    gradients = [gradient.cpu().double() for gradient in torch.autograd.grad(loss, list(gates.values()))]
     return [
         {layer: gradient[index] for layer, gradient in zip(gates, gradients, strict=True)}
         for index in range(len(rows))

@@ -13,7 +13,7 @@ from transformers.utils.logging import tqdm
 
 from ..argument_checks import check_choice, is_index
 from ..model_checks import check_runnable, check_vocabulary
-from ..model_state import autocast_without_cache, model_id, preserved_state
+from ..model_state import autocast_without_cache, model_id, preserved_state, uncompiled
 from ..printable import shown
 from .ablation import ablation_scores
 from .agreement import agreement_scores
@@ -146,13 +146,14 @@ def localize_heads(
         name, localizer = getattr(method, "__name__", type(method).__name__), method
     if not is_index(seed):
         raise TypeError(f"`seed` must be an integer, got {seed!r}.")
+    seed = int(seed)
     geometry = ModelGeometry.of(model)
     start = time.perf_counter()
     if method != "random":
         check_runnable(model)
     counted = _Counted(batches, model, name)
     try:
-        with preserved_state(model), autocast_without_cache(model):
+        with preserved_state(model), autocast_without_cache(model), uncompiled(), torch.enable_grad():
             values = localizer(model, geometry, counted, seed)
     except KeyboardInterrupt:
         logger.warning(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from ..model_state import model_device
+from ..model_state import model_device, where_float64_is
 from .geometry import AttentionGeometry, ModelGeometry, Role
 from .samples import IGNORED, Batch, nothing_counts, predicted, token_losses
 from .weights import AttentionWeights, LayerScores, attention_weights, head_slices, require_only
@@ -88,6 +88,12 @@ def _add_gradients(
 ) -> None:
     """Add the gradients of the mean loss over the batch's tokens that count to the masters', for a few rows at a time."""
     device, n_tokens = model_device(model), batch["labels"].shape[1]
+    # of each row; a collator may hand on other things, such as the texts
+    batch = {
+        key: value
+        for key, value in batch.items()
+        if isinstance(value, torch.Tensor) and value.shape[:1] == batch["labels"].shape[:1]
+    }
     for rows in torch.arange(len(batch["labels"])).split(max(1, TOKENS_AT_ONCE // n_tokens)):
         part = {key: value[rows].to(device) for key, value in batch.items()}
         if not (predicted(model, part["labels"]) != IGNORED).any():
@@ -128,7 +134,7 @@ def weight_shift(before: list[torch.Tensor], after: list[torch.Tensor]) -> torch
     """
 
     def distribution(slices: list[torch.Tensor]) -> torch.Tensor:
-        w_q, w_k, w_v = (part.double() for part in slices)
+        w_q, w_k, w_v = (where_float64_is(part).double() for part in slices)
         product = w_q[..., : w_k.shape[-2], :].mT @ (w_k @ w_v.mT)
         return torch.softmax(product.flatten(-2), dim=-1)
 

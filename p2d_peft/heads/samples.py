@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -14,6 +15,7 @@ from ..model_state import model_device
 
 # What the model takes as keyword arguments: input_ids and attention_mask of shape (B, T), int64, and labels, -100 on
 # tokens that do not count: of shape (B, T) for causal language models, (B, tokens of the decoder) for encoder-decoders.
+# Without an attention_mask, position_ids of shape (B, T) that start anew at 0 say that a row holds several samples.
 Batch: TypeAlias = Mapping[str, torch.Tensor]
 IGNORED = -100
 
@@ -35,7 +37,7 @@ def predicted(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
 
 def rows_of(batch: Batch, model: nn.Module) -> list[dict[str, torch.Tensor]]:
     """
-    The rows of a batch as batches of one, without their padding, on the model's device.
+    The rows of a batch as batches of one, without their padding, on the model's device; of packed rows, each of their samples.
 
     Rows without a token that counts are left out: they have no loss. An encoder-decoder's labels end with the last one
     that counts; what comes after it cannot change the loss.
@@ -47,17 +49,28 @@ def rows_of(batch: Batch, model: nn.Module) -> list[dict[str, torch.Tensor]]:
     device = model_device(model)
     rows = []
     for index in range(batch["input_ids"].shape[0]):
-        input_ids, labels = batch["input_ids"][index], batch["labels"][index]
-        kept = batch["attention_mask"][index].bool() if "attention_mask" in batch else slice(None)
-        if is_encoder_decoder(model):
-            counted = (labels != IGNORED).nonzero()
-            labels = labels[: int(counted[-1]) + 1] if len(counted) else labels
-        else:
-            labels = labels[kept]
-        row = {"input_ids": input_ids[kept][None].to(device), "labels": labels[None].to(device)}
-        if (predicted(model, row["labels"]) != IGNORED).any():
-            rows.append({**row, "attention_mask": torch.ones_like(row["input_ids"])})
+        for kept in _samples_of_row(batch, index):
+            input_ids, labels = batch["input_ids"][index][kept], batch["labels"][index]
+            if is_encoder_decoder(model):
+                counted = (labels != IGNORED).nonzero()
+                labels = labels[: int(counted[-1]) + 1] if len(counted) else labels
+            else:
+                labels = labels[kept]
+            row = {"input_ids": input_ids[None].to(device), "labels": labels[None].to(device)}
+            if (predicted(model, row["labels"]) != IGNORED).any():
+                rows.append({**row, "attention_mask": torch.ones_like(row["input_ids"])})
     return rows
+
+
+def _samples_of_row(batch: Batch, index: int) -> list[slice | torch.Tensor]:
+    """Where the samples of a row are: what the mask keeps, or from one start of the positions to the next."""
+    if "attention_mask" in batch:
+        return [batch["attention_mask"][index].bool()]
+    positions = batch.get("position_ids")
+    if positions is None or positions.shape != batch["input_ids"].shape:
+        return [slice(None)]
+    starts = [0, *(positions[index, 1:] == 0).nonzero().flatten().add(1).tolist()]
+    return [slice(*pair) for pair in itertools.pairwise([*starts, None])]
 
 
 def single_rows(batches: Iterable[Batch], model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
@@ -121,7 +134,9 @@ def token_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
         with _head_on_counted(model, nn.functional.pad(counts, (0, 1))) as seen:
             logits = model(**{key: batch[key] for key in batch if key != "labels"}, use_cache=False).logits
     counts = counts.to(logits.device)
-    logits = logits[0] if seen else logits[:, : labels.shape[1]][counts]
+    # those of virtual tokens (prompt tuning) come first
+    first = logits.shape[1] - batch["labels"].shape[1]
+    logits = logits[0] if seen else logits[:, first : first + labels.shape[1]][counts]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = nn.functional.cross_entropy(logits, labels.to(logits.device)[counts], reduction="none")
     return torch.zeros(labels.shape, dtype=losses.dtype, device=losses.device).masked_scatter(counts, losses)

@@ -92,7 +92,7 @@ def _halves(batches: Iterable[Batch], model: nn.Module) -> tuple[list[Batch], li
 
 @torch.no_grad()
 def _mean_loss(model: nn.Module, batches: list[Batch]) -> float:
-    losses = torch.cat([sample_losses(model, batch).double() for batch in batches])
+    losses = torch.cat([sample_losses(model, batch).cpu().double() for batch in batches])
     return float(losses.mean())
 
 

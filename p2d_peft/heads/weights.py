@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..model_checks import FLOATS
+from ..model_state import where_float64_is
 from .geometry import ROLES, ROWS, AttentionGeometry, ModelGeometry, Role, Units, base_layer
 from .head_set import Layer
 
@@ -57,7 +59,7 @@ def attention_weights(model: nn.Module, geometry: ModelGeometry, method: str) ->
         for name in dict.fromkeys(attention.units(role).module for role in ROLES):
             layer = base_layer(model.get_submodule(name))
             weight = layer.weight
-            if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or weight.is_meta:
+            if not isinstance(weight, nn.Parameter) or weight.dtype not in FLOATS or weight.is_meta:
                 raise ValueError(
                     f"`method`='{method}' needs floating-point weights, but '{name}.weight' is {weight.dtype} on "
                     f"{weight.device}. Localize on an unquantized copy of the model and pass the heads on, or use a "
@@ -109,10 +111,10 @@ def unit_sums(values: torch.Tensor, units: Units) -> torch.Tensor:
         units (`Units`): The units.
 
     Returns:
-        `torch.Tensor`: shape (number of units,), float64.
+        `torch.Tensor`: shape (number of units,), float64, on the values' device where that knows float64.
     """
     # (rows,) or (columns,): the other dim is summed in full
-    lines = values.sum(dim=1 - units.dim, dtype=torch.float64)
+    lines = where_float64_is(values).sum(dim=1 - units.dim, dtype=torch.float64)
     return torch.stack([lines[start : start + units.size].sum() for start in units.starts])
 
 

@@ -22,7 +22,7 @@ from trl import SFTConfig
 
 from ..heads import HeadSet
 from ..model_checks import check_runnable, check_vocabulary
-from ..model_state import model_device, preserved_state
+from ..model_state import model_device, preserved_state, uncompiled
 from ..passed_tokens import passed_tokens
 from .fingerprint import run_fingerprint
 from .pool import rows_of
@@ -181,7 +181,7 @@ class ScoringEngine:
     ) -> Iterator[ScoreRows]:
         """The scorer, ready to score."""
         watched = {} if progress is None else {"progress": progress.passed}
-        with preserved_state(self.model), torch.no_grad():
+        with preserved_state(self.model), uncompiled(), torch.no_grad():
             self.model.eval()
             context = ScoringContext(
                 model=self.model,

@@ -2,6 +2,7 @@ import math
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 
@@ -157,6 +158,12 @@ def test_the_same_seed_gives_the_same_scores(method):
     assert torch.equal(*runs)
 
 
+def test_a_seed_of_numpy_is_kept_as_an_integer():
+    scores = localize_heads(tiny_model(), [], method="random", seed=np.int64(3))
+    expected = localize_heads(tiny_model(), [], method="random", seed=3)
+    assert type(scores.seed) is int and torch.equal(scores.values, expected.values)
+
+
 def test_random_depends_on_the_seed_alone():
     a, b = (localize_heads(tiny_model(seed=s), [random_batch(seed=s)], method="random", seed=1) for s in (0, 1))
     other = localize_heads(tiny_model(), [random_batch()], method="random", seed=2)
@@ -178,6 +185,34 @@ def test_scores_under_autocast_are_close_to_those_without(method):
     with torch.autocast("cpu", torch.bfloat16):
         rounded = localize_heads(tiny_model(), [random_batch(rows=8)], method=method).values.flatten()
     assert torch.corrcoef(torch.stack([rounded, exact]))[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("method", ["proxy", "gate", "taylor"])
+def test_the_callers_no_grad_and_what_else_a_collator_hands_on_change_nothing(method):
+    batch = random_batch()
+    expected = localize_heads(tiny_model(), [batch], method=method).values
+    batch |= {"text": ["one", "two"], "num_items_in_batch": torch.tensor(20)}
+    with torch.no_grad():
+        assert torch.equal(localize_heads(tiny_model(), [batch], method=method).values, expected)
+
+
+@pytest.mark.parametrize("method", ["ablation", "gate"])
+def test_compiled_layers_have_the_scores_of_others(method):
+    model, batch = tiny_model(), random_batch()
+    expected = localize_heads(model, [batch], method=method).values
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    with torch.no_grad():
+        model(**batch)
+    assert torch.equal(localize_heads(model, [batch], method=method).values, expected)
+
+
+def test_eight_bit_floats_are_quantized_weights():
+    model = tiny_model()
+    model.model.layers[1].self_attn.q_proj.weight.data = torch.zeros(32, 32).to(torch.float8_e4m3fn)
+    assert default_method(model) == "gate"
+    with pytest.raises(ValueError, match="float8"):
+        localize_heads(model, [], method="magnitude")
 
 
 def test_heads_whose_output_is_thrown_away_score_nothing_by_taylor():

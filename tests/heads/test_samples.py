@@ -1,5 +1,6 @@
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 
 from p2d_peft.heads.samples import right_padded, rows_of, sample_losses, token_losses
 
@@ -79,3 +80,28 @@ def test_labels_of_an_encoder_decoder_keep_their_own_length():
     first, last = rows_of(batch, LAYOUTS["t5"].model())
     assert first["labels"].tolist() == [[5, -100, 6]] and first["input_ids"].shape == (1, 8)
     assert last["labels"].tolist() == [[7, 8, 9, 10, 11]] and last["input_ids"].shape == (1, 6)
+
+
+def test_packed_rows_are_taken_apart():
+    """As data collators without padding give them: one row, no mask, positions that start anew."""
+    model, lengths = tiny_model(), (5, 1, 7)
+    samples = [random_batch(rows=1, tokens=length, seed=length) for length in lengths]
+    packed = {key: torch.cat([sample[key] for sample in samples], dim=1) for key in ("input_ids", "labels")}
+    packed["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+    rows = rows_of(packed, model)
+    assert [row["input_ids"].tolist() for row in rows] == [samples[i]["input_ids"].tolist() for i in (0, 2)]
+    with torch.no_grad():
+        expected = [float(model(**samples[i]).loss) for i in (0, 2)]
+        assert [float(sample_losses(model, row)) for row in rows] == pytest.approx(expected)
+    # with a mask, positions say where a padded row's tokens are
+    padded = random_batch(padding=3)
+    padded["position_ids"] = (padded["attention_mask"].cumsum(dim=1) - 1) * padded["attention_mask"]
+    assert [row["input_ids"].shape[1] for row in rows_of(padded, model)] == [11, 8]
+
+
+def test_virtual_tokens_do_not_move_the_labels():
+    batch = random_batch(rows=1)
+    batch["labels"][:, 0] = -100  # without virtual tokens nothing predicts it
+    model = get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(sample_losses(model, batch)[0], model(**batch).loss)

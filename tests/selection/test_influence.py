@@ -3,10 +3,11 @@ import torch
 
 from p2d_peft.heads import HeadSet
 from p2d_peft.heads.samples import sample_losses
-from p2d_peft.selection import influence
+from p2d_peft.selection import P2DDataSelector, influence
 
 from ..model_checks import assert_unchanged, mixed_state, snapshot
-from ..tiny_models import LAYOUTS, random_batch, tiny_model
+from ..tiny_data import prompt_completion
+from ..tiny_models import LAYOUTS, random_batch, tiny_model, tiny_tokenizer
 from .direct import samples_of, scored
 
 
@@ -36,6 +37,18 @@ def test_is_the_loss_of_a_model_whose_output_projections_lack_the_columns(name):
     scores = scored(influence.SCORER, model, samples, heads=HEADS).scores
     torch.testing.assert_close(scores, torch.stack(expected), rtol=1e-3, atol=1e-6)
     assert scores.std() > 1e-4
+
+
+def test_heads_are_off_in_compiled_layers_too():
+    pool, scores = prompt_completion(6), []
+    for is_compiled in (False, True):
+        model = tiny_model()
+        for layer in model.model.layers if is_compiled else ():
+            layer.compile(backend="eager")
+        with torch.no_grad():
+            model(**random_batch())
+        scores.append(P2DDataSelector(model, tiny_tokenizer(), heads=HEADS, scorer="influence").score(pool))
+    assert torch.equal(*scores) and scores[0].abs().min() > 0
 
 
 def test_heads_are_on_again_also_after_an_exception():

@@ -28,6 +28,7 @@ from ...argument_checks import check_count
 from ...files import json_text, replacing
 from ...heads.discovery import base_layer
 from ...heads.geometry import ROWS
+from ...model_state import where_float64_is
 from .config import HEAD_SPARSE, HeadSparseConfig
 from .layer import HeadSparseLayer
 
@@ -250,7 +251,7 @@ def _convert(peft_model: nn.Module, adapter_name: str, max_rank: int | None) -> 
 @torch.no_grad()
 def _convert_layer(name: str, layer: HeadSparseLayer, adapter_name: str, max_rank: int | None) -> _ModuleLora:
     """The LoRA of one module."""
-    left, right = _factors(layer, adapter_name)
+    left, right = map(where_float64_is, _factors(layer, adapter_name))
     if not (left.isfinite().all() and right.isfinite().all()):
         raise ValueError(
             f"Adapter '{adapter_name}' holds NaN or an infinity in '{name}'; its training went wrong. Take an earlier "
