@@ -53,6 +53,7 @@ def combined_config(
         r=None,
         layers_to_transform=None,
         layers_pattern=None,
+        init_weights=True,  # zero where none of them has a delta
     )
 
 

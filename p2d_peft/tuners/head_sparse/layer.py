@@ -25,6 +25,10 @@ from .config import HeadSparseConfig
 from .delta_dict import DeltaDict
 
 
+# What a delta can have and can be added to. FP8 counts as floating point, too, but PyTorch does no arithmetic in it.
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 @dataclass(frozen=True)
 class WeightSlice:
     """
@@ -126,11 +130,13 @@ class HeadSparseLayer(BaseTunerLayer):
             # Accelerate offloaded the base's weight, and brings it to this device for each forward pass; the deltas stay
             # there. On the meta device they would have no values.
             device = getattr(getattr(self.get_base_layer(), "_hf_hook", None), "execution_device", device)
-        if dtype is not None and not dtype.is_floating_point:
+        if dtype not in _DTYPES:
             dtype = None  # a quantized weight
         rows, columns = weight_slice.shape(self.in_features, self.out_features)
         self.head_sparse_slice[adapter_name] = weight_slice
-        self.head_sparse_index[adapter_name] = torch.tensor(weight_slice.indices, device="cpu")
+        # where the inputs will be, as far as that is known: a copy in the first pass could not be captured in a CUDA graph
+        index_device = "cpu" if device is None or torch.device(device).type == "meta" else device
+        self.head_sparse_index[adapter_name] = torch.tensor(weight_slice.indices, device=index_device)
         if config.r is None:
             delta = torch.zeros(rows, columns, device=device, dtype=dtype)
             if not config.init_weights:
@@ -246,7 +252,7 @@ class HeadSparseLayer(BaseTunerLayer):
 
     def _merge_into(self, weight_OI: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """Add a delta to a weight in place; returns what was in its slice before."""
-        if not weight_OI.is_floating_point():
+        if weight_OI.dtype not in _DTYPES:
             raise TypeError(
                 f"Merging into a {type(self.get_base_layer()).__name__} with weights of {weight_OI.dtype} is not supported."
             )
@@ -281,7 +287,9 @@ class HeadSparseLayer(BaseTunerLayer):
         index_N = self.head_sparse_index[adapter_name]
         if index_N.device == device:
             return index_N
-        moved_N = index_N.to(device)
+        # In a pass in inference mode, too, no inference tensor: a later pass could not keep that for its backward pass.
+        with torch.inference_mode(False):
+            moved_N = index_N.to(device)
         if device.type != "meta":  # a tensor on the meta device holds no values to come back to
             self.head_sparse_index[adapter_name] = moved_N
         return moved_N

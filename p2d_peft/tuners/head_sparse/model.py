@@ -18,9 +18,17 @@ from torch import nn
 from ...heads.geometry import ROLES, ROWS, AttentionGeometry, ModelGeometry, Role
 from .combination import combined_config, combined_delta
 from .config import HeadSparseConfig
+from .delta_dict import DeltaDict
 from .layer import HeadSparseLayer, WeightSlice
 from .linear import Linear
 from .mixed_batch import adapter_names_given
+
+
+# what `torch.compile` puts before the names in a model
+_COMPILED = "_orig_mod."
+# The wrappers of FSDP and of activation checkpointing: modules that are named in the model, but not in its state dict. Their
+# hooks leave them out there, and put them in again when each of them loads.
+_NOT_IN_STATE_DICTS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 class HeadSparseModel(BaseTuner):
@@ -97,27 +105,34 @@ class HeadSparseModel(BaseTuner):
                 f"`layers_to_transform` ({config.layers_to_transform}) and `layers_pattern` ({config.layers_pattern}) "
                 f"have none of the chosen heads ({config.heads}); the model's layers: {numbers}."
             )
-        for name in holding:
-            self._check_rank(config, name)
-        if not any(self._check_target_module_exists(config, name) for name in holding):
+        targeted = [name for name in holding if self._check_target_module_exists(config, name)]
+        if not targeted:
             raise NoMatchingPeftModuleError(
                 f"`target_modules` ({config.target_modules}), `exclude_modules` ({config.exclude_modules}) and "
                 f"`modules_to_save` ({config.modules_to_save}) leave nothing to train of the projections that hold the "
                 f"chosen heads: '{holding[0]}' to '{holding[-1]}' ({len(holding)} in all)."
             )
+        for name in targeted:
+            self._check_rank(config, name)
+            self._check_not_tensor_parallel(name)
         for key in state_dict:
-            name, is_delta, _ = key.removeprefix("_orig_mod.").rpartition(f".{self.prefix}")
+            name, is_delta, _ = key.rpartition(f".{self.prefix}")
             if is_delta and self._weight_slice(config, name) is None:
                 raise _homeless(name)
 
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
         # PEFT passes over weights that the model has no place for, and an adapter of another architecture, or one whose
         # configuration names other heads than it has weights for, would load as if it had learned nothing.
-        modules = dict(self.named_modules())
+        # The inner one of two modules of the same name comes later.
+        modules = {_name_in_state_dict(name): module for name, module in self.named_modules()}
         for key in state_dict:
-            name, is_delta, _ = key.removeprefix(prefix).rpartition(f".{self.prefix}")
-            if key.startswith(prefix) and is_delta and not isinstance(modules.get(name), HeadSparseLayer):
+            name, is_delta, rest = key.removeprefix(prefix).rpartition(f".{self.prefix}")
+            if not (key.startswith(prefix) and is_delta):
+                continue
+            if not isinstance(modules.get(name), HeadSparseLayer):
                 raise _homeless(name.removeprefix("model."))
+            if "." not in rest:
+                raise _unplaced(name.removeprefix("model."))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _check_rank(self, config: HeadSparseConfig, key: str) -> None:
@@ -129,6 +144,18 @@ class HeadSparseModel(BaseTuner):
                 f"got {config.r}. `r=None` trains each of their weights."
             )
 
+    def _check_not_tensor_parallel(self, key: str) -> None:
+        """A process has other rows or columns of a sharded projection than those that a slice's indices count in."""
+        # both are transformers'; the plan is there, too, where the model was not split by it
+        n_processes = getattr(self.model, "tp_size", None) or 1
+        plan = getattr(self.model, "tp_plan", None) or {}
+        if n_processes > 1 and re.sub(r"\.\d+\.", ".*.", key.removeprefix(_COMPILED)) in plan:
+            raise ValueError(
+                f"`model` is split over {n_processes} processes by tensor parallelism, and with it '{key}', which holds "
+                "chosen heads; HeadSparse needs projections that are whole in a forward pass. Load the model without "
+                "tensor parallelism (`tp_plan`), or shard it with FSDP or ZeRO-3."
+            )
+
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         # `target_modules` stays as it was given, where other methods fill it in: the heads say it all, also for a
         # model of another depth or whose modules have other names.
@@ -138,7 +165,9 @@ class HeadSparseModel(BaseTuner):
         """The rows or columns that the config's heads own in the projection named `key`; `None` if there are none."""
         dim = ROWS
         indices: set[int] = set()
-        for attention, role in self._parts.get(key, ()):
+        # PEFT takes the prefix off where it goes by the names of a state dict
+        plain = key.removeprefix(_COMPILED)
+        for attention, role in self._parts.get(plain, []) + self._parts.get(_COMPILED + plain, []):
             if role not in config.roles() or not config.transforms(attention):
                 continue
             dim = attention.units(role).dim  # the same for all parts of a projection
@@ -149,8 +178,10 @@ class HeadSparseModel(BaseTuner):
     def _check_target_module_exists(self, peft_config: HeadSparseConfig, key: str) -> bool | re.Match[str] | None:
         if self._weight_slice(peft_config, key) is None:
             return False
+        peft_config = copy.copy(peft_config)
+        # it has no slice in another layer, and PEFT finds no layer's number in a name that starts with `layers.0`
+        peft_config.layers_to_transform = peft_config.layers_pattern = None
         if peft_config.target_modules is None:
-            peft_config = copy.copy(peft_config)
             peft_config.target_modules = {key}
         return check_target_module_exists(peft_config, key)
 
@@ -261,9 +292,28 @@ def _homeless(name: str) -> ValueError:
     )
 
 
+def _unplaced(name: str) -> ValueError:
+    # PEFT adds the adapter's name to the keys of its file, but not where it finds nothing of that adapter by their names
+    return ValueError(
+        f"`state_dict` has a delta for '{name}' that names no adapter: the adapter that is loaded has none of its heads "
+        "there, or the layer is wrapped by FSDP1 or torch's checkpoint wrapper, which hides it from PEFT. Load an adapter "
+        "with the `adapter_config.json` that was saved beside it, and before the model is wrapped."
+    )
+
+
+def _name_in_state_dict(name: str) -> str:
+    """The name of a module as the keys of a state dict have it."""
+    return ".".join(part for part in name.split(".") if part not in _NOT_IN_STATE_DICTS)
+
+
 def _check_name(adapter_name: str) -> None:
-    """An adapter is saved in a folder of its name."""
+    """An adapter is saved in a folder of its name, and each layer has its parameters under that name."""
     if "/" in adapter_name or "\\" in adapter_name or adapter_name in ("", ".", ".."):
         raise ValueError(
             f"`adapter_name`={adapter_name!r} is no name for a folder, which it is saved in; leave out '/'."
+        )
+    if "." in adapter_name or hasattr(DeltaDict({}), adapter_name):
+        raise ValueError(
+            f"`adapter_name`={adapter_name!r} cannot be the name of a parameter in PyTorch: that has no '.', and is no "
+            f"attribute of a module as it is. Take another, such as {'adapter_' + adapter_name.replace('.', '_')!r}."
         )

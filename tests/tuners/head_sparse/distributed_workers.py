@@ -18,9 +18,10 @@ from peft.utils.other import fsdp_auto_wrap_policy
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers.distributed import DistributedConfig
 
 from p2d_peft.heads import ModelGeometry
 from p2d_peft.tuners import HeadSparseConfig
@@ -152,14 +153,17 @@ def fsdp2_by_accelerate(rank: int, case: str, folder: str, ram_efficient: bool, 
         model.save_pretrained(folder, state_dict=weights)
 
 
-def fsdp1(rank: int, case: str, dtype: torch.dtype, use_orig_params: bool) -> dict[str, Any]:
-    model = adapted(case, dtype)
-    wrapped = FullyShardedDataParallel(
+def wrapped_in_fsdp1(model: PeftModel, use_orig_params: bool) -> FullyShardedDataParallel:
+    return FullyShardedDataParallel(
         model,
         auto_wrap_policy=fsdp_auto_wrap_policy(model),
         use_orig_params=use_orig_params,
         device_id=torch.device("cpu"),
     )
+
+
+def fsdp1(rank: int, case: str, dtype: torch.dtype, use_orig_params: bool) -> dict[str, Any]:
+    wrapped = wrapped_in_fsdp1(adapted(case, dtype), use_orig_params)
     train(wrapped, rank)
     with FullyShardedDataParallel.summon_full_params(wrapped):
         return {
@@ -167,6 +171,25 @@ def fsdp1(rank: int, case: str, dtype: torch.dtype, use_orig_params: bool) -> di
             for name, p in wrapped.named_parameters()
             if ".head_sparse_" in name
         }
+
+
+def fsdp1_loads_what_it_saved(rank: int, case: str, use_orig_params: bool) -> dict[str, torch.Tensor]:
+    """What is in the model after it loaded twice what was in it."""
+    wrapped = wrapped_in_fsdp1(adapted(case), use_orig_params)
+    with FullyShardedDataParallel.state_dict_type(wrapped, StateDictType.FULL_STATE_DICT):
+        wrapped.load_state_dict({name: 2 * tensor for name, tensor in wrapped.state_dict().items()})
+        return {name: tensor.clone() for name, tensor in wrapped.state_dict().items()}
+
+
+def tensor_parallel(rank: int, folder: str) -> str:
+    config = DistributedConfig(tp_size=WORLD)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
+    assert isinstance(model.model.layers[0].self_attn.q_proj.weight, DTensor)
+    try:
+        get_peft_model(model, HeadSparseConfig(heads=HEADS))
+    except ValueError as error:
+        return str(error)
+    return "attached"
 
 
 def zero3(rank: int, case: str, folder: str) -> dict[str, torch.Tensor]:

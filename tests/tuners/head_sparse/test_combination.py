@@ -95,6 +95,18 @@ def test_what_cannot_be_combined(arguments, other, message):
     assert list(model.peft_config) == ["default", "other"]
 
 
+def test_no_random_deltas_where_no_adapter_has_any():
+    model = model_with(
+        {"heads": {0: [1]}, "projections": ["q"]},
+        {"heads": {1: [1]}, "projections": ["o"]},
+    )
+    assert not model.peft_config["default"].init_weights
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both")
+    one, other, both = (dense(model, name) for name in ("default", "other", "both"))
+    for key, delta in both.items():
+        assert torch.equal(delta, {**one, **other}.get(key, torch.zeros_like(delta))), key
+
+
 def test_a_name_that_is_taken_changes_nothing():
     model = model_with({"heads": ONE}, {"heads": OTHER})
     before = logits(model)

@@ -107,6 +107,23 @@ def test_fsdp1_takes_fp32_deltas_on_a_bf16_base(both):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_fsdp1_loads_its_own_state_dict(use_orig_params, both):
+    first, second = both(workers.fsdp1_loads_what_it_saved, "llama", use_orig_params)
+    expected = {name: 2 * tensor for name, tensor in adapted("llama").state_dict().items()}
+    assert_same(first, expected, atol=0)
+    assert_same(second, expected, atol=0)
+
+
+@pytest.mark.slow
+def test_tensor_parallelism_is_refused(both, tmp_path):
+    """There a slice's indices would be those of other heads, or of none."""
+    base_model("llama").save_pretrained(tmp_path)
+    message = "`model` is split over 2 processes by tensor parallelism, and with it 'model.layers.0.self_attn.q_proj'"
+    assert all(error.startswith(message) for error in both(workers.tensor_parallel, str(tmp_path)))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["llama", "llama, r=3", "gpt2"])
 def test_zero3(case, both, tmp_path):
     if importlib.util.find_spec("deepspeed") is None:

@@ -242,6 +242,29 @@ def test_merging_into_a_quantized_weight_is_refused(safe_merge):
     assert not layer.merged
 
 
+def fp8_linear():
+    base = nn.Linear(IN, OUT)
+    base.weight = nn.Parameter(base.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    return base
+
+
+def test_merging_into_an_fp8_weight_is_refused():
+    """It counts as floating point, and has no arithmetic."""
+    layer = make_layer(SLICES["rows"], base=fp8_linear())
+    with pytest.raises(
+        TypeError, match=r"Merging into a Linear with weights of torch\.float8_e4m3fn is not supported"
+    ):
+        layer.merge()
+    assert not layer.merged
+
+
+@pytest.mark.parametrize("r", [None, 2])
+def test_deltas_of_an_fp8_weight(r):
+    layer = make_layer(SLICES["rows"], base=fp8_linear(), r=r)
+    assert {delta.dtype for _, delta in layer.parameters_of("default")} == {torch.float32}
+    assert layer.get_delta_weight("default").count_nonzero() == 3 * IN
+
+
 def test_unsupported_base_layer():
     with (
         pytest.warns(UserWarning, match="Unsupported layer type"),
@@ -288,6 +311,40 @@ def test_indices_survive_the_meta_device():
     layer.load_state_dict(state)
     assert torch.equal(layer(x), expected)
     assert torch.equal(copy.deepcopy(layer)(x), expected)
+
+
+class OnAnotherDevice(torch.Tensor):
+    """A tensor that stands for one on another device: it has to be copied to where the inputs are."""
+
+    device = torch.device("meta")
+
+    def to(self, device):
+        return self.as_subclass(torch.Tensor).clone()
+
+
+@pytest.mark.parametrize("kind", SLICES)
+def test_trains_after_a_first_pass_in_inference_mode(kind):
+    layer = make_layer(SLICES[kind])
+    index = layer.head_sparse_index["default"]
+    layer.head_sparse_index["default"] = index.as_subclass(OnAnotherDevice)
+    x = torch.randn(5, IN)
+    with torch.inference_mode():
+        expected = layer(x).clone()
+    moved = layer.head_sparse_index["default"]
+    assert type(moved) is torch.Tensor and torch.equal(moved, index)
+    result = layer(x.requires_grad_())
+    result.sum().backward()
+    assert torch.equal(result, expected) and layer.head_sparse_delta["default"].grad.count_nonzero()
+
+
+def test_the_index_is_made_where_the_delta_is(monkeypatch):
+    """On the base weight's device, so that a first pass that is captured in a CUDA graph has nothing to copy."""
+    layer, elsewhere, asked = make_layer(SLICES["rows"]), torch.device("cuda", 1), []
+    monkeypatch.setattr(layer, "_get_base_layer_device_and_dtype", lambda base_layer: (elsewhere, None))
+    for name in ("tensor", "zeros"):
+        monkeypatch.setattr(torch, name, lambda *args, device, **kwargs: asked.append(device) or torch.ones(3, IN))
+    layer.update_layer("other", SLICES["rows"], HeadSparseConfig())
+    assert asked == [elsewhere, elsewhere]
 
 
 @pytest.mark.parametrize("kind", SLICES)

@@ -1,4 +1,6 @@
 import copy
+import json
+import re
 import subprocess
 import sys
 import warnings
@@ -11,6 +13,7 @@ from peft.tuners.tuners_utils import inspect_matched_modules
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from p2d_peft.heads import AttentionLayout, HeadSet, register_attention_layout
 from p2d_peft.tuners import HeadSparseConfig, HeadSparseLayer
@@ -422,6 +425,28 @@ def test_layers_to_transform_narrows_the_heads(fields, layers):
     assert {int(name.split(".")[2]) for name in model.targeted_module_names} == layers
 
 
+@pytest.mark.parametrize("pattern", [None, "layers"])
+def test_layers_to_transform_of_a_bare_model(pattern):
+    """Its modules' names start with `layers.0`, in which PEFT's own matching finds no layer."""
+    fields = {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": pattern}
+    model = attach(tiny_model().model, heads=None, **fields)
+    assert model.targeted_module_names == ["layers.1.self_attn.q_proj"]
+    assert {
+        name: getattr(model.peft_config["default"], name) for name in ("layers_to_transform", "layers_pattern")
+    } == {
+        "layers_to_transform": [1],
+        "layers_pattern": pattern,
+    }
+
+
+def test_only_trained_projections_limit_the_rank():
+    """The keys and values have 24 rows, the queries 48."""
+    with pytest.raises(ValueError, match=r"`r` must be 1 to 24 for 'model\.layers\.0\.self_attn\.k_proj'"):
+        attach(tiny_model(), heads=None, r=30)
+    model = attach(tiny_model(), heads=None, r=30, target_modules=["q_proj", "o_proj"])
+    assert len(layers_of(model)) == 2 * 3
+
+
 def test_conv1d_model_trains_saves_and_merges(tmp_path):
     """GPT-2: all of q, k and v in one projection with a transposed weight."""
 
@@ -537,6 +562,60 @@ def test_inject_adapter_in_model():
     assert not layers_of(untouched)
 
 
+def test_inject_into_a_compiled_model():
+    """All names begin with `_orig_mod.`, in the state dict, too."""
+    config = HeadSparseConfig(heads=HEADS, init_weights=False)
+    source, target = (torch.compile(tiny_model(), backend="eager") for _ in range(2))
+    state = get_peft_model_state_dict(inject_adapter_in_model(config, source))
+    assert all(key.startswith("_orig_mod.") for key in state)
+    set_peft_model_state_dict(inject_adapter_in_model(config, target, state_dict=state), state)
+    loaded = get_peft_model_state_dict(target)
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+def within_wrappers(model):
+    """Activation checkpointing wraps each layer in a module that a state dict does not have. (FSDP1 does, too.)"""
+    apply_activation_checkpointing(model, check_fn=lambda module: type(module).__name__ == "LlamaDecoderLayer")
+    assert any("_checkpoint_wrapped_module" in name for name, _ in model.named_modules())
+    return model
+
+
+def test_loads_its_state_dict_within_wrappers():
+    model = attach(tiny_model())
+    expected, state = logits(model), snapshot(model)
+    randomize(within_wrappers(model))
+    assert snapshot(model).keys() == state.keys() and not torch.equal(logits(model), expected)
+    model.load_state_dict(state)
+    assert torch.equal(logits(model), expected)
+
+    homeless = {"base_model.model.model.layers.1.self_attn.q_proj.head_sparse_delta.default": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"delta for 'model\.layers\.1\.self_attn\.q_proj', which holds none of"):
+        model.load_state_dict(homeless, strict=False)
+
+
+def test_an_adapter_that_peft_would_pass_over(tmp_path):
+    """It looks for the adapter by the names of modules, and loads nothing where they have others."""
+    attach(tiny_model()).save_pretrained(tmp_path)
+    message = r"delta for 'model\.layers\.0\.self_attn\.[qkvo]_proj' that names no adapter"
+    with pytest.raises(ValueError, match=message):
+        within_wrappers(attach(tiny_model())).load_adapter(tmp_path, "default")
+    # layer 0 has a place for the first adapter alone
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "heads": {"2": [0, 3]}}))
+    with pytest.raises(ValueError, match=message):
+        attach(tiny_model()).load_adapter(tmp_path, "second")
+
+
+def test_an_adapter_of_compiled_layers(tmp_path):
+    """Their state dict has `_orig_mod`, with which a plain model would pass over the weights."""
+    model = attach(tiny_model())
+    layers = model.base_model.model.model.layers
+    layers[0] = torch.compile(layers[0], backend="eager")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"delta for 'model\.layers\.0\._orig_mod\.self_attn\.._proj'"):
+        PeftModel.from_pretrained(tiny_model(), tmp_path)
+
+
 def test_other_methods_are_as_before():
     """LoRA beside, after and around a model that was adapted by HeadSparse."""
     expected = logits(tiny_model())
@@ -591,6 +670,11 @@ ERRORS = {
         None,
         r"`r` must be 1 to 12 for 'model.layers.0.self_attn.q_proj', .* got 13",
     ),
+    "tensor parallelism": (
+        {},
+        lambda model: setattr(model, "_tp_size", 2),
+        r"split over 2 processes by tensor parallelism, and with it 'model\.layers\.0\.self_attn\.q_proj'",
+    ),
     "attention": ({}, fused, r"q_proj' of type Identity; supported are linear layers"),
     "no attention": ({}, lambda model: setattr(model.model, "layers", nn.ModuleList()), "has no attention heads"),
 }
@@ -622,3 +706,13 @@ def test_failing_second_adapter_leaves_the_first():
     with pytest.warns(UserWarning, match="Already found"), pytest.raises(ValueError, match=r"holds \(5, 0\)"):
         inject_adapter_in_model(HeadSparseConfig(heads={5: [0]}), injected, adapter_name="second")
     assert list(injected.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("name", ["v1.0", "weight", "keys"])
+def test_names_that_no_parameter_can_have(name):
+    model = attach(tiny_model())
+    expected = logits(model)
+    with pytest.raises(ValueError, match=f"`adapter_name`='{re.escape(name)}' cannot be the name of a parameter"):
+        model.add_adapter(name, HeadSparseConfig(heads=HEADS))
+    assert list(model.peft_config) == ["default"] and torch.equal(logits(model), expected)
+    assert all(list(layer.head_sparse_slice) == ["default"] for layer in layers_of(model))
