@@ -21,12 +21,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...heads.geometry import ROWS
+from ...model_checks import FLOATS
 from .config import HeadSparseConfig
 from .delta_dict import DeltaDict
-
-
-# What a delta can have and can be added to. FP8 counts as floating point, too, but PyTorch does no arithmetic in it.
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -130,7 +127,7 @@ class HeadSparseLayer(BaseTunerLayer):
             # Accelerate offloaded the base's weight, and brings it to this device for each forward pass; the deltas stay
             # there. On the meta device they would have no values.
             device = getattr(getattr(self.get_base_layer(), "_hf_hook", None), "execution_device", device)
-        if dtype not in _DTYPES:
+        if dtype not in FLOATS:
             dtype = None  # a quantized weight
         rows, columns = weight_slice.shape(self.in_features, self.out_features)
         self.head_sparse_slice[adapter_name] = weight_slice
@@ -252,7 +249,7 @@ class HeadSparseLayer(BaseTunerLayer):
 
     def _merge_into(self, weight_OI: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """Add a delta to a weight in place; returns what was in its slice before."""
-        if weight_OI.dtype not in _DTYPES:
+        if weight_OI.dtype not in FLOATS:
             raise TypeError(
                 f"Merging into a {type(self.get_base_layer()).__name__} with weights of {weight_OI.dtype} is not supported."
             )
