@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from safetensors import SafetensorError
 
@@ -32,7 +33,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     # "_": what begins so is not uploaded by a Trainer that pushes the folder in the background
-    temporary = path.with_name(f"_{path.name}.{os.getpid()}.tmp")
+    # no process number: containers that share a folder have the same ones
+    temporary = path.with_name(f"_{path.name}.{uuid4().hex}.tmp")
     with _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from p2d_peft.files import check_new, read_json, unfinished, write_json
+from p2d_peft.files import check_new, read_json, replacing, unfinished, write_json
 
 
 def test_round_trip_makes_missing_folders(tmp_path):
@@ -64,3 +64,14 @@ def test_a_failure_leaves_nothing_and_what_is_there_stays(tmp_path):
         with pytest.raises(ValueError, match=r"a\.txt' exists already; give another name"):
             act(tmp_path / "a.txt")
     assert (tmp_path / "a.txt").read_text() == "precious"
+
+
+def test_two_writers_of_a_file_do_not_meet(tmp_path):
+    """As two containers with a shared folder may have processes of the same number."""
+    path = tmp_path / "a.json"
+    with replacing(path) as first:
+        first.write_text("1")
+        with replacing(path) as second:
+            second.write_text("2")
+        assert path.read_text() == "2"
+    assert path.read_text() == "1" and list(tmp_path.iterdir()) == [path]

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -53,7 +53,7 @@ def observable_attention(
 ) -> Iterator[Callable[[int, Observer], AbstractContextManager[None]]]:
     """
     Context in which the attention weights of the given heads can be observed. All heads go through SDPA as usual; the
-    model's own attention implementation is put back on leaving.
+    model's own attention implementation, or that of each of its parts, is put back on leaving.
 
     Args:
         model (`nn.Module`): A transformers model, or a `PeftModel` around one.
@@ -91,12 +91,28 @@ def observable_attention(
             for module in watched:
                 _observed.pop(module, None)
 
-    original = transformer.config._attn_implementation
+    parts = [
+        part
+        for module in transformer.modules()
+        if isinstance(module, PreTrainedModel)
+        for part in _parts(module.config)
+    ]
+    originals = [(part, part._attn_implementation) for part in parts]
     try:
         transformer.set_attn_implementation(IMPLEMENTATION)
         yield observed
     finally:
-        transformer.set_attn_implementation(original)
+        # in the same order: what is set of a config is set of its parts, too
+        for part, original in originals:
+            part._attn_implementation = original
+
+
+def _parts(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    """A config, and behind it those of its parts: of a text and a vision model, say."""
+    yield config
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            yield from _parts(part)
 
 
 def _does_with_sdpa(transformer: PreTrainedModel) -> bool:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from datasets.fingerprint import Hasher
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PretrainedConfig
 from trl import SFTConfig
@@ -46,32 +51,70 @@ def model_fingerprint(model: nn.Module) -> str:
             named[name] = value
     sums: list[Any] = [type(model).__name__, *_settings(model)]
     for name, tensor in sorted(named.items()):
-        values = tensor.detach().contiguous().flatten().view(torch.uint8)
-        # whole words where possible, weighted by their place: a permutation of the weights is another model
-        words = values.view(torch.int32) if len(values) % 4 == 0 and values.storage_offset() % 4 == 0 else values
-        # words that a CPU keeps in its cache, and enough of them to keep a GPU busy
-        chunk = 1 << (16 if words.device.type == "cpu" else 22)
-        weights = torch.arange(1, min(chunk, len(words)) + 1, device=words.device)
-        total = 0
-        for start in range(0, len(words), chunk):
-            part = words[start : start + chunk]
-            # in int64 no product overflows, so that no change of a single weight is lost
-            total = (total * 1_000_003 + int((part * weights[: len(part)]).sum())) % 2**63
-        sums.append((name, str(tensor.dtype), tuple(tensor.shape), total))
+        with _at_hand(model, name, tensor) as values:
+            sums.append((name, str(tensor.dtype), tuple(tensor.shape), _checksum(values)))
     return hashlib.sha256(repr(sums).encode()).hexdigest()[:16]
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    values = tensor.detach().contiguous().flatten().view(torch.uint8)
+    # whole words where possible, weighted by their place: a permutation of the weights is another model
+    words = values.view(torch.int32) if len(values) % 4 == 0 and values.storage_offset() % 4 == 0 else values
+    # words that a CPU keeps in its cache, and enough of them to keep a GPU busy
+    chunk = 1 << (16 if words.device.type == "cpu" else 22)
+    weights = torch.arange(1, min(chunk, len(words)) + 1, device=words.device)
+    total = 0
+    for start in range(0, len(words), chunk):
+        part = words[start : start + chunk]
+        # in int64 no product overflows, so that no change of a single weight is lost
+        total = (total * 1_000_003 + int((part * weights[: len(part)]).sum())) % 2**63
+    return total
+
+
+@contextmanager
+def _at_hand(model: nn.Module, name: str, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Context in which a tensor of a model has its values, also where Accelerate keeps them elsewhere between passes."""
+    if not tensor.is_meta:
+        yield tensor
+        return
+    *owners, own_name = name.split(".")
+    module = model
+    with ExitStack() as stack:
+        stack.enter_context(align_module_device(module))
+        for owner in owners:  # the hook of any of them may be the one that brings it
+            module = module.get_submodule(owner)
+            stack.enter_context(align_module_device(module))
+        yield getattr(module, own_name)
 
 
 def _settings(model: nn.Module) -> list[str]:
     """What a model does with its weights, as far as it says so; not where they came from."""
     config = getattr(model, "config", None)
     parts = [config.to_dict()] if isinstance(config, PretrainedConfig) else []
-    if isinstance(model, PeftModel):
-        parts += [{"adapter": name, **vars(model.peft_config[name])} for name in model.active_adapters]
+    parts += _adapters(model)
     origins = ("_name_or_path", "architectures", "transformers_version", "base_model_name_or_path", "inference_mode")
     return [
         json.dumps({str(key): value for key, value in part.items() if key not in origins}, default=_text)
         for part in parts
     ]
+
+
+def _adapters(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """What the adapters in a model do: they may be switched, scaled and disabled layer by layer, and without PEFT's model."""
+    if isinstance(model, PeftModel):  # of prompt learning no layer tells
+        yield {"active": model.active_adapters, "enabled": model.has_active_enabled_adapter}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            yield {
+                "layer": name,
+                "active": list(module.active_adapters),
+                "disabled": module.disable_adapters,
+                # not those of the module within, to which a wrapper hands on what it lacks
+                "merged": vars(module).get("merged_adapters"),
+                "scaling": vars(module).get("scaling"),
+            }
+        for adapter, config in getattr(module, "peft_config", {}).items():
+            yield {"module": name, "adapter": adapter, **vars(config)}
 
 
 def _text(value: Any) -> str:

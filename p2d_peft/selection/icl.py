@@ -6,10 +6,11 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from datasets.fingerprint import Hasher
+from torch import nn
 from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
@@ -120,7 +121,8 @@ def _score_group(
     prompt = torch.tensor([[token for ids in demonstrations.input_ids for token in ids]], device=device)
     # A cache made without the model's config keeps all keys also in layers with a sliding window; the mask hides them.
     cache = DynamicCache()
-    model(input_ids=prompt, past_key_values=cache, use_cache=True)
+    with _head_on_last(model, prompt.shape):
+        model(input_ids=prompt, past_key_values=cache, use_cache=True)
     total = torch.zeros(len(demonstrations))
     for indices, batch in questions.batches(context.batch_size, device):
         n_queries, n_tokens = batch["input_ids"].shape
@@ -156,6 +158,29 @@ def _score_group(
         paid_BN /= attention_BHTN.shape[1] * n_answer[:, None]
         total += (quality_B[:, None] * paid_BN).sum(0).cpu() / torch.tensor(lengths)
     return total / len(questions)
+
+
+@contextmanager
+def _head_on_last(model: nn.Module, shape: torch.Size) -> Iterator[None]:
+    """
+    Context in which the LM head gets the last position alone, for passes over tokens of shape (B, T) whose logits nobody
+    reads: with a large vocabulary those of all demonstrations take gigabytes. A model that calls no such module, or on
+    positions of its own, is left alone.
+    """
+
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or args[0].shape[:-1] != shape:
+            return None
+        return (args[0][:, -1:], *args[1:])
+
+    get_output_embeddings = getattr(model, "get_output_embeddings", None)
+    head: nn.Module | None = None if get_output_embeddings is None else get_output_embeddings()
+    handle = None if head is None else head.register_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 def answers(context: ScoringContext, demonstrations: Samples, questions: Samples) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,7 +110,8 @@ def lora_adapter(model: nn.Module, seed: int) -> Iterator[list[nn.Parameter]]:
         r=RANK,
         lora_alpha=ALPHA,
         lora_dropout=0.0,
-        target_modules=list(names),
+        # a pattern: names in a list would also find the modules whose names end in one of them, as those of a tower may
+        target_modules="|".join(map(re.escape, names)),
         fan_in_fan_out=any(isinstance(base_layer(module), Conv1D) for module in originals.values()),
     )
     try:

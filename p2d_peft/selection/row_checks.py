@@ -37,6 +37,7 @@ def check_rows(
     """
     if not len(dataset):
         raise ValueError(f"`{name}` has no rows.")
+    dataset = dataset.with_format(None)  # another format's rows are tables or arrays
     if "input_ids" in dataset.column_names:
         _check_tokens(dataset, name)
         return
@@ -68,7 +69,7 @@ def _check_texts(dataset: Dataset, column: str, is_chat: bool, name: str, rows: 
         raise ValueError(f"`{name}` must hold {wanted} in the column '{column}', got values of type {kind}.")
     # cheap, as Arrow keeps count; of rows that were left out of the dataset, too, so a look at the values decides
     if dataset.data.column(column).null_count:
-        values = dataset.with_format(None)[column]
+        values = dataset[column]
         numbers = range(rows, rows + len(dataset)) if isinstance(rows, int) else rows
         if missing := [row for row, value in zip(numbers, values, strict=True) if value is None]:
             raise ValueError(

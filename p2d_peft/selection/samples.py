@@ -116,6 +116,7 @@ def prepare_samples(
         raise TypeError(
             f"`processing_class` must be a tokenizer (`PreTrainedTokenizerBase`), got {type(processing_class).__name__}."
         )
+    dataset = dataset.with_format(None)  # TRL and a `formatting_func` want rows of text, not tables or arrays
     check_rows(dataset, processing_class, args, formatting_func, name, rows)
     if dataset.cache_files:
         dataset = in_memory(dataset)

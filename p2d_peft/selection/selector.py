@@ -15,13 +15,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from ..argument_checks import check_choice, check_count, check_share, check_type
+from ..argument_checks import check_choice, check_count, check_share, check_type, is_index
 from ..heads import HeadSet, ModelGeometry
 from ..model_checks import check_module
 from ..printable import shown
 from . import affinity, bm25, gradient, icl, ifd, influence, length, less, perplexity, random, rds
 from .engine import PoolScores, ScoringEngine
 from .policies import Policy, Ranking
+from .policies.policy import most_fitting
 from .pool import column_of, kept_rows, ranked, rows_of
 from .report import ScoringEstimate, ScoringReport
 from .scoring import Scorer
@@ -189,6 +190,8 @@ class P2DDataSelector:
             if value is not None:
                 check_count(name, value)
         check_count("batch_size", batch_size)
+        if not is_index(seed):
+            raise TypeError(f"`seed` must be an integer, got {shown(seed)}.")
         if scorer.needs_heads:
             if heads is None:
                 raise ValueError(
@@ -230,7 +233,7 @@ class P2DDataSelector:
             heads=heads,
             target=target,
             batch_size=batch_size,
-            seed=seed,
+            seed=int(seed),
             cache_dir=None if cache_dir is None else Path(cache_dir),
             per_target=any(policy.needs_per_target for policy in self.policies),
             with_features=any(policy.needs_features for policy in self.policies),
@@ -310,12 +313,14 @@ class P2DDataSelector:
         """The rows to keep, ascending, after all policies."""
         if not self.policies and self.max_tokens is None:
             return self.choose(scored.scores)
-        n_rows = len(scored.scores)
+        n_tokens = scored.n_tokens.tolist()
+        rows: Iterable[int] = ranked(scored.scores)
         if self.max_tokens is None:
-            wanted = self._count(n_rows)
+            wanted = self._count(len(scored.scores))
         else:
-            mean = float(scored.n_tokens[scored.n_tokens > 0].double().mean())
-            wanted = min(n_rows, max(1, round(self.max_tokens / mean)))
+            wanted = most_fitting(scored.n_tokens[scored.n_tokens > 0], self.max_tokens)
+            # what fits in no case would take a turn, a share, or the place of a shorter copy
+            rows = [row for row in rows if n_tokens[row] <= self.max_tokens]
         ranking = Ranking(
             scores=scored.scores,
             n_tokens=scored.n_tokens,
@@ -325,8 +330,8 @@ class P2DDataSelector:
             samples=lambda chosen: self.engine.prepare(rows_of(pool, sorted(chosen)), "pool", sorted(chosen)),
             features=lambda chosen: self.engine.features(pool, list(chosen)),
             per_target=scored.per_target,
+            max_tokens=self.max_tokens,
         )
-        rows: Iterable[int] = ranked(scored.scores)
         for policy in self.policies:
             rows = policy(rows, ranking)
         if self.max_tokens is None:
@@ -334,7 +339,7 @@ class P2DDataSelector:
             if len(kept) < wanted:
                 logger.warning("The policies left %d rows; %d were asked for.", len(kept), wanted)
         else:
-            kept = _fitting(rows, scored.n_tokens.tolist(), self.max_tokens)
+            kept = _fitting(rows, n_tokens, self.max_tokens)
         if not kept:
             if self.max_tokens is None:
                 raise ValueError(f"No row is left after {len(self.policies)} `policies`; loosen them.")

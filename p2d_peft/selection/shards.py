@@ -155,8 +155,10 @@ class ShardStore:
 
 def _content(shard: Shard) -> str:
     """A hash of the rows themselves: streams have no fingerprint, and files may change under a name."""
-    # of their representation, as a pickle also tells which of two equal objects are one
-    return hashlib.sha256(repr((shard.first_row, shard.rows[:])).encode()).hexdigest()
+    # of their representation, as a pickle also tells which of two equal objects are one; and of what Arrow holds, as that
+    # of a decoded image is its address
+    values = shard.rows.with_format("arrow")[:].to_pydict()
+    return hashlib.sha256(repr((shard.first_row, values)).encode()).hexdigest()
 
 
 def _numbers(scored: ScoredShard) -> dict[str, float]:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from p2d_peft.heads import HeadSet
 from p2d_peft.selection.attention import observable_attention
@@ -57,6 +58,31 @@ def test_the_attention_implementation_comes_back_also_after_an_exception():
         ):
             model(**random_batch())
         assert_unchanged(model, before)
+
+
+def test_each_part_gets_its_own_attention_implementation_back():
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = Gemma3Config(
+        text_config={**sizes, "vocab_size": 96, "num_key_value_heads": 2, "head_dim": 16},
+        vision_config={**sizes, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=95,
+    )
+    own = {"text_config": "sdpa", "vision_config": "eager"}
+    model = Gemma3ForConditionalGeneration._from_config(config, attn_implementation=own)
+
+    def implementations():
+        return [part._attn_implementation for part in (config, config.text_config, config.vision_config)]
+
+    config = model.config
+    before = implementations()
+    assert before[1:] == ["sdpa", "eager"]
+    with observable_attention(model, HEADS):
+        assert implementations()[1] not in before
+    assert implementations() == before
+    with pytest.raises(ZeroDivisionError), observable_attention(model, HEADS):
+        1 / 0  # noqa: B018
+    assert implementations() == before
 
 
 @pytest.mark.parametrize("model", [torch.nn.Linear(1, 1), tiny_model("gemma2")], ids=["no transformer", "gemma2"])

@@ -1,6 +1,8 @@
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from accelerate import cpu_offload, disk_offload
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft.helpers import rescale_adapter_scale
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -8,6 +10,7 @@ from p2d_peft.heads import HeadSet
 from p2d_peft.selection.fingerprint import model_fingerprint
 from p2d_peft.tuners import HeadSparseConfig
 
+from ..model_checks import needs_own_adapter_methods
 from ..tiny_models import tiny_model
 
 
@@ -99,3 +102,66 @@ def test_what_a_quantized_layer_saves_beside_its_weights_counts():
 
     assert model_fingerprint(Quantized(1.0)) == model_fingerprint(Quantized(1.0))
     assert model_fingerprint(Quantized(1.0)) != model_fingerprint(Quantized(2.0))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2, init_lora_weights=False),
+        LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        HeadSparseConfig(heads=HeadSet([(0, 1)])),
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    ],
+    ids=["lora", "saved", "head_sparse", "prompt"],
+)
+def test_a_disabled_adapter_is_another_model(config):
+    model = get_peft_model(tiny_model(), config)
+    enabled = model_fingerprint(model)
+    with model.disable_adapter():
+        assert model_fingerprint(model) != enabled
+    assert model_fingerprint(model) == enabled
+
+
+@needs_own_adapter_methods
+def test_transformers_own_adapters_may_be_switched_and_disabled():
+    model = tiny_model()
+    for name in ("a", "b"):
+        model.add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False), name)
+    seen = []
+    for active in ("a", "b", ["a", "b"], "a"):
+        model.set_adapter(active)
+        seen.append(model_fingerprint(model))
+    model.disable_adapters()
+    assert len({*seen, model_fingerprint(model)}) == 4 and seen[0] == seen[-1]
+
+
+def test_a_scaled_adapter_is_another_model():
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    first = model_fingerprint(model)
+    with rescale_adapter_scale(model, 0.5):
+        assert model_fingerprint(model) != first
+    assert model_fingerprint(model) == first
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("where", ["cpu", "with buffers", "disk", "whole layers"])
+def test_an_offloaded_model_is_known_by_the_values_that_its_hooks_keep(where, tied, tmp_path):
+    model = tiny_model(tie_word_embeddings=tied)
+    cpu = torch.device("cpu")
+    if where == "disk":
+        disk_offload(model, tmp_path, cpu)
+    elif where == "whole layers":
+        cpu_offload(model, cpu, preload_module_classes=["LlamaMLP"])
+    else:
+        cpu_offload(model, cpu, offload_buffers=where == "with buffers")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    first = model_fingerprint(model)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert model_fingerprint(model) == first
+    if not tied:  # which hooks keep apart, with a name more
+        assert model_fingerprint(tiny_model()) == first
+    changed = tiny_model(tie_word_embeddings=tied)
+    with torch.no_grad():
+        changed.model.layers[1].mlp.down_proj.weight[0, 0] += 1
+    cpu_offload(changed, cpu)
+    assert model_fingerprint(changed) != first

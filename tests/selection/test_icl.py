@@ -1,12 +1,15 @@
 """What `icl` promises beyond its definition, which test_selector.py holds against whole prompts and eager attention."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 
 from p2d_peft import P2DDataSelector
 from p2d_peft.heads import HeadSet
-from p2d_peft.selection import icl_scorer
+from p2d_peft.selection import icl, icl_scorer
 from p2d_peft.selection.icl import answers
 
 from ..model_checks import assert_unchanged, snapshot
@@ -106,3 +109,26 @@ def test_hybrids_are_refused_by_name_and_left_alone(name):
     with pytest.raises(ValueError, match=r"`scorer`='icl' needs attention in all layers, but layer 0 of `model` "):
         selector.score(prompt_completion())
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "cohere2", "adapter", "trained head"])
+def test_no_logits_are_made_of_the_demonstrations(name, monkeypatch):
+    model = tiny_model() if name in ("adapter", "trained head") else tiny_model(name)
+    if name in ("adapter", "trained head"):
+        saved = ["lm_head"] if name == "trained head" else None
+        config = LoraConfig(init_lora_weights=False, target_modules=["q_proj"], modules_to_save=saved)
+        model = get_peft_model(model, config)
+    before, sizes = {name: len(module._forward_pre_hooks) for name, module in model.named_modules()}, []
+
+    def scores():
+        pool, target = prompt_completion(16), prompt_completion(3, seed=1)
+        return P2DDataSelector(model, tiny_tokenizer(), heads=HEADS, target=target, scorer="icl").score(pool)
+
+    head = model.get_output_embeddings()
+    with head.register_forward_hook(lambda module, args, output: sizes.append(tuple(output.shape[:2]))):
+        found = scores()
+    (one, questions) = sizes[:2]
+    assert sizes == [one, questions] * 2 and one == (1, 1) and questions[0] == 3
+    assert {name: len(module._forward_pre_hooks) for name, module in model.named_modules()} == before
+    monkeypatch.setattr(icl, "_head_on_last", lambda *_: nullcontext())
+    assert torch.equal(scores(), found)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import functional
 
 from p2d_peft.heads.samples import sample_losses
@@ -132,3 +133,16 @@ def test_a_model_with_adapters_is_refused():
     model = get_peft_model(tiny_model(), LoraConfig(target_modules=["v_proj"]))
     with pytest.raises(ValueError, match=r"`model` has adapters already\. Merge them"):
         run(model)
+
+
+def test_a_module_whose_name_ends_in_that_of_a_projection_gets_no_adapter():
+    """PEFT would find "tower.layers.0.self_attn.q_proj" by "layers.0.self_attn.q_proj"."""
+    model = tiny_model().model
+    model.tower = torch.nn.Module()
+    model.tower.layers = torch.nn.ModuleList([torch.nn.Module()])
+    model.tower.layers[0].self_attn = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 8)})
+    modules = dict(model.named_modules())
+    with less.lora_adapter(model, SEED):
+        names = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+        assert len(names) == 12 and not any(name.startswith("tower") for name in names)
+    assert all(module is modules[name] for name, module in model.named_modules())

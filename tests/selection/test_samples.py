@@ -109,3 +109,10 @@ def test_a_processor_and_a_template_from_elsewhere_are_refused():
         prepare_samples(
             text(), tiny_tokenizer(), SFTConfig(bf16=False, report_to="none", chat_template_path="other/model")
         )
+
+
+@pytest.mark.parametrize("kind", ["pandas", "numpy", "arrow", "torch"])
+def test_another_format_is_no_other_text(kind, tmp_path):
+    for dataset in (conversational(), prompt_completion()):
+        expected = prepare_samples(dataset, tiny_tokenizer(), sft_config(tmp_path))
+        assert prepare_samples(dataset.with_format(kind), tiny_tokenizer(), sft_config(tmp_path)) == expected

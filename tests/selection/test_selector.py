@@ -2,6 +2,7 @@ import math
 from contextlib import contextmanager
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -9,6 +10,7 @@ from trl import SFTConfig
 
 from p2d_peft.heads import HeadSet, ModelGeometry, localize_heads
 from p2d_peft.selection import P2DDataSelector, RowScores, Scorer, engine, less
+from p2d_peft.selection.policies import Diverse, Quotas
 from p2d_peft.selection.selector import ScorerName, needs_heads
 
 from ..model_checks import assert_unchanged, mixed_state, snapshot
@@ -242,6 +244,18 @@ def test_heads_that_see_no_demonstration_are_reported(caplog):
     assert "gave all 24 rows the same score" in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["pandas", "numpy", "arrow", "torch"])
+def test_a_pool_keeps_its_format_and_is_scored_as_without(kind):
+    pool, target = prompt_completion(), prompt_completion(4, seed=1)
+    policies = [Diverse(), Quotas("task", {"copy": 0.5})]
+    expected = selector(target=target, policies=policies).select(pool)
+    chosen = selector(target=target.with_format(kind), policies=policies)
+    selected = chosen.select(pool.with_format(kind))
+    assert selected.format["type"] == kind and selected.column_names == expected.column_names
+    assert selected.with_format(None).to_list() == expected.to_list()
+    assert chosen.estimate(pool.with_format(kind)).n_rows == 24
+
+
 def test_an_earlier_score_is_replaced():
     once = selector(scorer="random", ratio=0.5).select(text())
     twice = selector(scorer="perplexity", ratio=0.5).select(once)
@@ -265,6 +279,19 @@ def test_an_earlier_score_is_replaced():
 def test_bad_arguments_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         selector(**kwargs)
+
+
+@pytest.mark.parametrize("seed", [None, 1.5, "42", True])
+def test_a_seed_is_an_integer(seed):
+    with pytest.raises(TypeError, match=f"`seed` must be an integer, got {seed!r}"):
+        selector(seed=seed)
+
+
+def test_a_seed_may_be_of_numpy(tmp_path):
+    seeds = (3, np.int64(3))
+    first, again = (selector(scorer="random", seed=seed, cache_dir=tmp_path, num_samples=4) for seed in seeds)
+    assert first.select(text()).to_list() == again.select(text()).to_list()
+    assert again.report.n_resumed == 24
 
 
 def test_missing_heads_and_targets_are_named():

@@ -2,7 +2,7 @@ import pickle
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 
 from p2d_peft.selection.samples import prepare_samples
 from p2d_peft.selection.shards import ScoredShard, ShardStore, shards_of
@@ -131,6 +131,20 @@ def test_another_row_is_another_shard(tmp_path):
     (shard,) = shards_of(one)
     store.save(shard, scored(shard))
     assert store.load(next(shards_of(two))) is None
+
+
+def test_rows_with_images_are_known_again_by_what_is_in_them(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+
+    def pool(color):
+        rows = {"text": ["a", "b"], "image": [image.new("RGB", (4, 4), color) for _ in range(2)]}
+        return Dataset.from_dict(rows, features=Features({"text": Value("string"), "image": Image()}))
+
+    (shard,) = shards_of(pool("red"))
+    store, saved = ShardStore(tmp_path, {}), scored(shard)
+    store.save(shard, saved)
+    assert same(store.load(next(shards_of(pool("red")))), saved)
+    assert store.load(next(shards_of(pool("blue")))) is None
 
 
 class Bomb:

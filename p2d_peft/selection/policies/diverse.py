@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import ClassVar
 
 import numpy as np
@@ -28,8 +27,9 @@ class Diverse(Policy):
     0, instead of being its score, so that a weight means the same for every scorer and after every other policy. Its
     likeness is the highest cosine similarity of its features with those of a row picked before.
 
-    The candidates are the best rows, 4 times as many as are wanted; their features are held in memory and cost a second
-    pass through the model. All other rows keep their order behind them.
+    The candidates are the best rows, 4 times as many as are wanted, or with a budget of tokens as many as fill it 4 times;
+    their features are held in memory and cost a second pass through the model. All other rows keep their order behind
+    them.
 
     Args:
         weight (`float`, *optional*, defaults to 0.5): In [0, 1]: 0 leaves the ranking as it is, 1 looks at nothing but
@@ -50,7 +50,7 @@ class Diverse(Policy):
 
     def __call__(self, rows: Iterable[int], ranking: Ranking) -> Iterator[int]:
         rows = iter(rows)
-        candidates = list(islice(rows, CANDIDATES * ranking.wanted))
+        candidates = _candidates(rows, ranking)
         if candidates:
             features = functional.normalize(ranking.features(candidates), dim=1).numpy()
             worth = (1 - self.weight) * np.linspace(1, 0, len(candidates))
@@ -62,3 +62,15 @@ class Diverse(Policy):
                 worth[best] = -np.inf
                 np.maximum(likeness, features @ features[best], out=likeness)
         yield from rows
+
+
+def _candidates(rows: Iterator[int], ranking: Ranking) -> list[int]:
+    """The first of some rows: a few times as many as will be kept."""
+    found: list[int] = []
+    n_tokens = 0
+    for row in rows:
+        found.append(row)
+        n_tokens += int(ranking.n_tokens[row])
+        if ranking.enough(len(found), n_tokens, CANDIDATES):
+            break
+    return found

@@ -21,7 +21,8 @@ class Ranking:
     Args:
         scores (`torch.Tensor`): Shape (rows of the pool,), float64; NaN for rows that cannot be taken.
         n_tokens (`torch.Tensor`): Shape (rows of the pool,), int64: the length of each row in tokens, after truncation.
-        wanted (`int`): How many rows will be kept; with a budget of tokens, how many rows of mean length fit into it.
+        wanted (`int`): How many rows will be kept; with a budget of tokens, how many can be at most: so many of the pool's
+            shortest rows fit into it.
         seed (`int`): For what is random in a policy.
         column (`Callable[[str], list[Any]]`): The values of one of the pool's columns, in all rows.
         samples (`Callable[[Sequence[int]], Samples]`): Some rows as tokens, in ascending order of the rows. A stream is
@@ -30,6 +31,7 @@ class Ranking:
             float32, in the order asked for. Costs a pass through the model.
         per_target (`torch.Tensor`, *optional*): Shape (rows of the pool, target's samples), float32: the scores for each
             of the target's samples alone. Only where a policy has `needs_per_target`.
+        max_tokens (`int`, *optional*): The budget of tokens, if there is one.
     """
 
     scores: torch.Tensor
@@ -40,6 +42,24 @@ class Ranking:
     samples: Callable[[Sequence[int]], Samples]
     features: Callable[[Sequence[int]], torch.Tensor]
     per_target: torch.Tensor | None = None
+    max_tokens: int | None = None
+
+    def most(self, rows: list[int]) -> int:
+        """How many of some rows can be kept at most."""
+        if self.max_tokens is None:
+            return min(self.wanted, len(rows))
+        return most_fitting(self.n_tokens[rows], self.max_tokens)
+
+    def enough(self, n_rows: int, n_tokens: int, times: int = 1) -> bool:
+        """Whether so many rows with so many tokens together are as much as is wanted, or `times` as much."""
+        if self.max_tokens is None:
+            return n_rows >= times * self.wanted
+        return n_tokens >= times * self.max_tokens
+
+
+def most_fitting(lengths: torch.Tensor, max_tokens: int) -> int:
+    """How many rows of given lengths fit into a budget of tokens at most."""
+    return int((lengths.sort().values.cumsum(0) <= max_tokens).sum())
 
 
 class Policy(ABC):

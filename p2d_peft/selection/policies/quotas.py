@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 from datasets import Dataset
 
 from ...argument_checks import check_number, check_type
+from ...printable import shown
+from ..pool import column_of
 from .policy import Policy, Ranking
 
 
@@ -60,8 +62,15 @@ class Quotas(Policy):
             raise ValueError(f"`shares` must be at most 1 together, got {math.fsum(self.shares.values())}.")
 
     def check(self, pool: Dataset) -> None:
-        if self.column not in pool.column_names:
-            raise ValueError(f"`pool` has no column {self.column!r}, only {pool.column_names}.")
+        self._check(column_of(pool, self.column))
+
+    def _check(self, values: Iterable[Any]) -> None:
+        # the values and not the column's type, as one of mixed types may hold both
+        if (bad := next((value for value in values if not isinstance(value, Hashable)), None)) is not None:
+            raise ValueError(
+                f"`column` must be one of single values, such as texts or numbers, but {self.column!r} holds a "
+                f"{type(bad).__name__}: {shown(bad)}. Give `pool` a column made of it, with `pool.map(...)`."
+            )
 
     @property
     def _left(self) -> float:
@@ -71,6 +80,7 @@ class Quotas(Policy):
 
     def __call__(self, rows: Iterable[int], ranking: Ranking) -> Iterator[int]:
         values = ranking.column(self.column)
+        self._check(values)  # of a stream only now
         # whole numbers in proportion to the shares: deficits are compared without rounding, in whatever order they come
         exact = {value: Fraction(share) for value, share in self.shares.items()}
         if self._left:
@@ -81,7 +91,7 @@ class Quotas(Policy):
         waiting: dict[Any, deque[tuple[int, int]]] = {value: deque() for value in weights}
         taken = dict.fromkeys(weights, 0)
         places = enumerate(rows)
-        n_given = 0
+        n_given = n_tokens = 0
         while weights:
             total, n_taken = sum(weights.values()), sum(taken[value] for value in weights)
             deficits = {value: weight * (n_taken + 1) - taken[value] * total for value, weight in weights.items()}
@@ -96,7 +106,7 @@ class Quotas(Policy):
             if not ready:
                 for value in behind:
                     del weights[value]
-                    if n_given < ranking.wanted:
+                    if not ranking.enough(n_given, n_tokens):
                         name = "Other values" if value is _OTHERS else repr(value)
                         logger.warning(
                             "%s in column %r ran out after %d rows; what is missing comes from the other values.",
@@ -108,5 +118,7 @@ class Quotas(Policy):
             # of values that lack as much the one whose row is ranked higher
             value = min(ready, key=lambda value: waiting[value][0])
             taken[value] += 1
+            _, row = waiting[value].popleft()
             n_given += 1
-            yield waiting[value].popleft()[1]
+            n_tokens += int(ranking.n_tokens[row])
+            yield row

@@ -17,7 +17,7 @@ class RoundRobin(Policy):
     The target's samples take turns in picking the row that is best for them and still there, as in RDS+ (Ivison et al.,
     arXiv 2503.01807). A mean over the target would leave its rarer kinds of samples without a row.
 
-    Of equal rows the one with the lower number is picked. There are as many turns as rows are wanted; the others keep
+    Of equal rows the one with the lower number is picked. There are as many turns as rows can be kept; the others keep
     their order behind them. It has to know all rows before the first turn.
     """
 
@@ -26,11 +26,13 @@ class RoundRobin(Policy):
     def __call__(self, rows: Iterable[int], ranking: Ranking) -> Iterator[int]:
         assert ranking.per_target is not None
         rows = list(rows)
-        turns = min(ranking.wanted, len(rows))
+        turns = ranking.most(rows)
         ascending = torch.tensor(sorted(rows), dtype=torch.int64)
         # a sample whose turn it is finds its row among its best `turns`, as no more than that are gone
         favourites = [
-            iter(ascending[_best(of_target, turns)].tolist()) for of_target in ranking.per_target[ascending].T
+            # as numbers only where they are asked for: with a budget of tokens most of the turns may never come
+            map(int, ascending[_best(of_target, turns)].numpy())
+            for of_target in ranking.per_target[ascending].T
         ]
         taken: set[int] = set()
         for turn in range(turns):

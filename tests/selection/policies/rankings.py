@@ -9,7 +9,16 @@ from p2d_peft.selection.samples import Samples
 
 
 def ranking(
-    n_rows=6, wanted=3, n_tokens=None, columns=None, tokens=None, features=None, per_target=None, asked=None, seed=0
+    n_rows=6,
+    wanted=3,
+    n_tokens=None,
+    columns=None,
+    tokens=None,
+    features=None,
+    per_target=None,
+    asked=None,
+    seed=0,
+    max_tokens=None,
 ):
     """A ranking of rows by their numbers; what is asked for is appended to `asked`."""
     asked = [] if asked is None else asked
@@ -32,4 +41,5 @@ def ranking(
         samples=samples,
         features=features_of,
         per_target=per_target,
+        max_tokens=max_tokens,
     )

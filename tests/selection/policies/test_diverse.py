@@ -50,3 +50,10 @@ def test_the_features_of_a_few_times_the_wanted_rows_are_read_once_and_the_other
 def test_bad_weights_are_named(weight):
     with pytest.raises(ValueError, match=r"`weight` must be in \[0, 1\], got"):
         Diverse(weight)
+
+
+def test_with_a_budget_of_tokens_the_candidates_are_those_that_fill_it_a_few_times():
+    asked, lengths = [], [10, 1, 1, 3] * 25
+    given = ranking(100, 99, n_tokens=lengths, features=torch.randn(100, 4), asked=asked, max_tokens=15)
+    list(Diverse()(range(100), given))
+    assert asked == [list(range(16))]  # 4 * 15 tokens

@@ -90,6 +90,27 @@ def test_a_budget_takes_the_best_rows_that_fit():
     assert kept.remove_columns("p2d_score").to_list() == pool.select(sorted(expected)).to_list()
 
 
+@pytest.mark.parametrize("policy", [RoundRobin(), Diverse()])
+def test_a_budget_of_tokens_is_a_number_of_rows_where_those_that_are_left_are_equally_long(policy):
+    """However long the rows are that were dropped before."""
+    draw = random.Random(0)
+    made = [[draw.randint(7, 80) for _ in range(8 if index % 2 else 80)] for index in range(120)]
+    pool = Dataset.from_dict({"input_ids": made, "labels": made})
+    kept = []
+    for size in ({"max_tokens": 24 * 8}, {"num_samples": 24}):
+        chosen = selector(policies=[LengthBetween(most=10), policy], **size)
+        chosen.select(pool)
+        kept.append(chosen.rows)
+    assert kept[0] == kept[1] and len(kept[0]) == 24
+
+
+def test_rows_that_exceed_a_budget_alone_take_no_shorter_copy_with_them():
+    copies = [{"prompt": "copy abcdefgh:", "completion": " abcdefgh" + "!" * more} for more in (3, 0)]
+    policies = [WithoutNearDuplicates(0.5)]
+    chosen = selector("length", max_tokens=24, policies=policies)
+    assert chosen.select(Dataset.from_list(copies))["completion"][:] == [" abcdefgh"]
+
+
 def test_a_budget_that_nothing_fits_and_policies_that_leave_nothing_are_errors():
     with pytest.raises(ValueError, match=r"No row is left within `max_tokens`=2 after 0 `policies`"):
         selector("random", max_tokens=2).select(prompt_completion())

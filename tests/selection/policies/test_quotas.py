@@ -2,6 +2,7 @@ import random
 from collections import Counter
 
 import pytest
+from datasets import Dataset
 
 from p2d_peft.selection.policies import Quotas
 
@@ -88,3 +89,23 @@ def test_rows_are_read_only_as_far_as_they_are_asked_for():
 def test_bad_shares_are_named(shares, message):
     with pytest.raises(ValueError, match=message):
         Quotas("source", shares)
+
+
+def test_a_column_of_lists_is_refused_before_anything_is_scored():
+    quotas, values = Quotas("source", {"a": 0.5}), [None, ["a"], ["b"]]
+    message = r"`column` must be one of single values, .* but 'source' holds a list: \['a'\]"
+    with pytest.raises(ValueError, match=message):
+        quotas.check(Dataset.from_dict({"source": values}))
+    with pytest.raises(ValueError, match=message):  # of a stream
+        ordered(values, quotas.shares)
+    quotas.check(Dataset.from_dict({"source": ["a", None]}))
+
+
+def test_a_value_that_runs_out_behind_a_full_budget_of_tokens_is_not_told(caplog):
+    values = ["a"] * 2 + ["b"] * 8
+    for max_tokens, told in ((50, False), (60, True)):
+        caplog.clear()
+        given = ranking(10, 10, n_tokens=[10] * 10, columns={"source": values}, max_tokens=max_tokens)
+        with caplog.at_level("WARNING", logger="p2d_peft"):
+            list(Quotas("source", {"a": 0.5, "b": 0.5})(range(10), given))
+        assert ("'a' in column 'source' ran out after 2 rows" in caplog.text) == told

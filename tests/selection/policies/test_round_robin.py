@@ -34,3 +34,12 @@ def test_a_rare_kind_of_target_gets_its_rows():
 
 def test_no_rows_are_no_error():
     assert list(RoundRobin()([], ranking(4, 2, per_target=torch.zeros(4, 2)))) == []
+
+
+def test_with_a_budget_of_tokens_all_that_may_fit_is_picked_by_turns():
+    generator = torch.Generator().manual_seed(0)
+    per_target = torch.rand(30, 3, generator=generator)
+    lengths = [2, 50] * 15
+    rows = [row for row in torch.randperm(30, generator=generator).tolist() if lengths[row] == 2]
+    given = ranking(30, 3, n_tokens=lengths, per_target=per_target, max_tokens=25)
+    assert list(RoundRobin()(rows, given)) == by_definition(rows, per_target, 12)
