@@ -191,6 +191,7 @@ class P2DConfig(SFTConfig):
                     f"('{self.reference_report}'), not both."
                 )
             check_type("reference_report", self.reference_report, (str, os.PathLike), "a path")
+            self.reference_report = os.fspath(self.reference_report)  # arguments are written as JSON
             MeasuredRun.read(self.reference_report)  # a file that will not do is told of at once
         for name in ("reference_steps", "report_samples"):
             check_count(name, getattr(self, name), least=0)

@@ -66,7 +66,8 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         *sft_args, **sft_kwargs:
             All arguments of [`~trl.SFTTrainer`], of which three mean more here:
 
-            - `args`: [`P2DConfig`], or any other training arguments, for which P2D's own fields have their defaults;
+            - `args`: [`P2DConfig`], or any other training arguments, for which P2D's own fields have their defaults. What
+              a subclass adds comes along as attributes, methods that it overrides do not;
             - `train_dataset`: the pool that is selected from. What you make of the attribute `train_dataset` before
               `train()` is what counts; after it the attribute holds the selected rows;
             - `peft_config`: a [`HeadSparseConfig`] (its `heads` are used if it has any, else found), or another PEFT
