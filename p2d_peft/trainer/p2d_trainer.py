@@ -354,7 +354,7 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             )
         selected = pool if state.rows is None else rows_of(pool, state.rows)
         if state.selected_tokens is None and state.rows is not None:
-            state.selected_tokens = count_tokens(tokenized(self, selected))
+            state.selected_tokens = count_tokens(tokenized(self, selected), self.args)
         if self.args.packing and not self._skip_prepare_dataset:
             selected = super()._prepare_dataset(selected, self.processing_class, self.args, True, None, "selected")
         self.heads = state.heads

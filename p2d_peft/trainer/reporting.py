@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import get_model_param_count
 
-from ..efficiency import StageCosts, alignment_efficiency_ratio
+from ..efficiency import Reference, StageCosts, alignment_efficiency_ratio
 from ..heads import HeadSet, ModelGeometry
 from ..memory import memory_kind
 from ..model_state import model_id
@@ -41,7 +41,7 @@ def make_report(trainer: P2DTrainer, state: P2DState | None, costs: StageCosts) 
     """
     epochs = float(trainer.state.epoch or 0.0)
     reference = state.reference if state is not None else None
-    reference_seconds = reference.seconds_per_epoch * epochs if reference is not None and epochs > 0 else None
+    reference_seconds = None if reference is None or epochs <= 0 else _seconds_of(reference, trainer, epochs)
     aer = None if reference_seconds is None else alignment_efficiency_ratio(costs.seconds, reference_seconds)
     model = trainer.accelerator.unwrap_model(trainer.model)
     # where no heads were needed, it may be a model whose heads are not known
@@ -78,6 +78,14 @@ def make_report(trainer: P2DTrainer, state: P2DState | None, costs: StageCosts) 
     )
 
 
+def _seconds_of(reference: Reference, trainer: P2DTrainer, epochs: float) -> float:
+    given = trainer.args.reference_seconds
+    if reference.source == "given" and given is not None:
+        # It is for the whole training, be that told in epochs or in steps.
+        return given * trainer.state.global_step / trainer.state.max_steps
+    return reference.seconds_per_epoch * epochs
+
+
 def _by_layer(heads: HeadSet | None) -> dict[str, list[int]] | None:
     return None if heads is None else heads.to_dict()["heads"]
 
@@ -108,7 +116,7 @@ def _size_of_all(trainer: P2DTrainer) -> tuple[int | None, int | None]:
     pool = trainer.train_dataset
     if not isinstance(pool, Dataset):
         return None, None
-    n_tokens = count_tokens(pool) if "input_ids" in pool.column_names else None
+    n_tokens = count_tokens(pool, trainer.args) if "input_ids" in pool.column_names else None
     return None if trainer.args.packing else len(pool), n_tokens
 
 
