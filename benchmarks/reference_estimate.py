@@ -74,7 +74,7 @@ def main() -> None:
 
         trainer = P2DTrainer(args=config(reference_steps=3), target_dataset=data["target"], **setup())
         pool = trainer.train_dataset
-        reference = find_reference(trainer, pool, len(pool), count_tokens(pool))
+        reference = find_reference(trainer, pool, len(pool), count_tokens(pool, trainer.args), epochs=1.0)
         assert reference is not None
         del trainer, pool
         times = StepTimes()

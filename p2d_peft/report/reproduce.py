@@ -16,7 +16,8 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 def reproduction(report: P2DReport) -> list[str]:
     """
     The commands that install what a run used and make it again. What the report cannot know stands there in capitals:
-    the data, and the folder to write to.
+    the data, and the folder to write to. Of an adapter other than HeadSparse it knows the kind alone, so a comment says
+    what has to be given.
 
     Args:
         report ([`P2DReport`]): The report. Whatever is in it becomes one word of the shell, and nothing more.
@@ -34,9 +35,16 @@ def reproduction(report: P2DReport) -> list[str]:
         if report.heads is not None and report.localize_method is None:
             options["heads_file"] = f"RUN/{HEADS_NAME}"
     arguments = {"seed": report.seed, **report.arguments}
+    adapter = arguments.pop("peft_type", None)
     for name, value in arguments.items():
         if _NAME.fullmatch(name) and value is not None:
             options[name] = str(value).lower() if isinstance(value, bool) else str(value)
+    if adapter == "LORA":
+        options["use_peft"] = "true"
     options["output_dir"] = "AGAIN"
     lines = ["p2d sft", *(f"--{name} {shlex.quote(value)}" for name, value in options.items())]
-    return [shlex.join(["pip", "install", *packages]), " \\\n    ".join(lines)]
+    train = " \\\n    ".join(lines)
+    if isinstance(adapter, str) and _NAME.fullmatch(adapter):
+        how = "add its --lora_ options" if adapter == "LORA" else "pass it to P2DTrainer as peft_config"
+        train = f"# The adapter was {adapter}, and its configuration is not in the report: {how}.\n{train}"
+    return [shlex.join(["pip", "install", *packages]), train]

@@ -7,6 +7,7 @@ another, and what is in them is checked before it is used.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 from ..files import read_json
 from ..heads import HeadScores, HeadSet
 from ..heads.hub import HEAD_SCORES_NAME
+from ..printable import shown
 from .curves import CurveChart, curve_charts
 from .data_records import SAMPLES_NAME, SELECTION_NAME, SamplesRecord, SelectionRecord
 from .records import Record
@@ -26,6 +28,8 @@ TRAINER_STATE_NAME = "trainer_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})")
 
 R = TypeVar("R", bound=Record)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,13 +75,14 @@ class Run:
         report = P2DReport.load(report_path)
         folder = report_path.parent
         heads = None if report.heads is None else _heads(report, report_path)
+        selection, samples = _data(folder, report)
         checkpoint = _last_checkpoint(folder)
         return cls(
             report=report,
             heads=heads,
             scores=None if heads is None else _scores(folder / HEAD_SCORES_NAME, report, heads),
-            selection=_optional(SelectionRecord, folder / SELECTION_NAME),
-            samples=_optional(SamplesRecord, folder / SAMPLES_NAME),
+            selection=selection,
+            samples=samples,
             curves=_curves([folder, *([checkpoint] if checkpoint else [])]),
             weight_files=_weight_files(folder),
             checkpoint=None if checkpoint is None else (checkpoint.name, _size(checkpoint)),
@@ -86,6 +91,26 @@ class Run:
 
 def _optional(record: type[R], path: Path) -> R | None:
     return record.load(path) if path.is_file() else None
+
+
+def _data(folder: Path, report: P2DReport) -> tuple[SelectionRecord | None, SamplesRecord | None]:
+    """What a run left of its data; nothing where a later run, which left no report, has written over it."""
+    path = folder / SELECTION_NAME
+    selection = _optional(SelectionRecord, path)
+    samples = _optional(SamplesRecord, folder / SAMPLES_NAME)
+    if selection is not None:
+        theirs = (selection.scorer, selection.pool_rows, selection.kept_rows)
+        if theirs != (report.scorer, report.pool_rows, report.selected_rows):
+            logger.warning(
+                "'%s' is not of the run that '%s' is of: it has %d of %d rows by %s. It is left out, with the samples.",
+                path,
+                REPORT_NAME,
+                selection.kept_rows,
+                selection.pool_rows,
+                shown(selection.scorer),
+            )
+            return None, None
+    return selection, samples
 
 
 def _heads(report: P2DReport, path: Path) -> HeadSet:

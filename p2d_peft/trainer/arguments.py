@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 from trl.trainer.utils import get_config_model_id
 
 from .config import P2DConfig
@@ -15,6 +16,7 @@ from .config import P2DConfig
 def as_p2d_config(args: TrainingArguments | None, model: Any) -> P2DConfig:
     """
     Any training arguments as a [`P2DConfig`], as `SFTTrainer` makes an `SFTConfig` of them. Those given are not changed.
+    What a subclass adds to them, its own fields, say, becomes attributes; methods that it overrides do not come along.
 
     Args:
         args (`TrainingArguments`, *optional*): What the user passed.
@@ -25,10 +27,18 @@ def as_p2d_config(args: TrainingArguments | None, model: Any) -> P2DConfig:
     if args is None:
         name = model if isinstance(model, str) else get_config_model_id(model.config)
         return P2DConfig(f"{name.split('/')[-1]}-P2D")
-    known = {field.name for field in dataclasses.fields(P2DConfig)}  # a subclass's own fields are no business of ours
-    # to_dict hides every token, those of the tokenizer, too
-    hidden = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name.endswith("_token")}
-    return P2DConfig(**{name: value for name, value in {**args.to_dict(), **hidden}.items() if name in known})
+    # Not to_dict, as SFTTrainer has it: that hides tokens, and makes text of objects, also within the user's own.
+    known = {field.name for field in dataclasses.fields(P2DConfig) if field.init}
+    config = P2DConfig(**{name: _copied(getattr(args, name)) for name in known & vars(args).keys()})
+    for name, value in vars(args).items():
+        if not hasattr(config, name):
+            setattr(config, name, value)
+    return config
+
+
+def _copied(value: Any) -> Any:
+    """A copy of what arguments and trainers write into."""
+    return copy.copy(value) if isinstance(value, dict | list | AcceleratorConfig) else value
 
 
 def changed(args: P2DConfig, **values: Any) -> P2DConfig:

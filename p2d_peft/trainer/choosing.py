@@ -24,7 +24,7 @@ from .arguments import changed
 from .config import P2DConfig
 from .data_checks import check_datasets
 from .data_files import save_data_files
-from .reference import check_reference, count_tokens, find_reference, training_batches
+from .reference import check_reference, count_tokens, epochs_of_run, find_reference, training_batches
 from .state import P2DState
 from .tokenized import tokenized
 
@@ -86,15 +86,23 @@ def choose(trainer: P2DTrainer) -> P2DState:
                 selector = trainer.selector
             with trainer._clock.stage("select", selector.engine.model):
                 selector.select(raw_where_another_tokenizer_reads(selector, trainer, pool))
-    n_tokens = count_tokens(pool) if isinstance(pool, Dataset) else None
+    n_tokens = count_tokens(pool, args) if isinstance(pool, Dataset) else None
     state = P2DState(heads, method, pool_rows=n_rows, pool_tokens=n_tokens, selected_tokens=n_tokens)
     if selects:
         _note_selection(trainer, state, selector)
         if trainer.is_world_process_zero():
             save_data_files(trainer, selector, pool)
     with _without_virtual_tokens(trainer.model):
-        state.reference = find_reference(trainer, pool, state.pool_rows, state.pool_tokens)
+        state.reference = find_reference(trainer, pool, state.pool_rows, state.pool_tokens, _epochs(args, state))
     return state
+
+
+def _epochs(args: P2DConfig, state: P2DState) -> float:
+    """Epochs that will be trained on the selected rows, which are taken to be as long as the others."""
+    if state.rows is None or state.pool_rows is None or state.pool_tokens is None:
+        return epochs_of_run(args, state.pool_rows, state.pool_tokens)
+    n_rows = len(state.rows)
+    return epochs_of_run(args, n_rows, state.pool_tokens * n_rows / state.pool_rows)
 
 
 def _without_virtual_tokens(model: Any) -> AbstractContextManager[None]:

@@ -70,8 +70,8 @@ class P2DConfig(SFTConfig):
             estimate, no AER.
         report_samples (`int`, *optional*, defaults to `10`):
             How many of the rows with the best and with the worst scores are written as text into `_p2d_samples.json` in
-            `output_dir`, for `p2d report` to show. Nothing that begins with an underscore is pushed to the Hub. 0: no text
-            of the data is written.
+            `output_dir`, for `p2d report` to show, beside the values of columns that have few. Nothing that begins with an
+            underscore is pushed to the Hub. 0: the file is not written, and nothing of the data is quoted anywhere.
     """
 
     p2d: bool = field(
@@ -166,7 +166,8 @@ class P2DConfig(SFTConfig):
         default=10,
         metadata={
             "help": "How many of the rows with the best and with the worst scores are written as text into "
-            "`_p2d_samples.json` for `p2d report`, which is not pushed to the Hub. 0: no text of the data is written."
+            "`_p2d_samples.json` for `p2d report`, which is not pushed to the Hub, beside the values of columns that have "
+            "few. 0: the file is not written, and nothing of the data is quoted anywhere."
         },
     )
 
@@ -191,6 +192,7 @@ class P2DConfig(SFTConfig):
                     f"('{self.reference_report}'), not both."
                 )
             check_type("reference_report", self.reference_report, (str, os.PathLike), "a path")
+            self.reference_report = os.fspath(self.reference_report)  # arguments are written as JSON
             MeasuredRun.read(self.reference_report)  # a file that will not do is told of at once
         for name in ("reference_steps", "report_samples"):
             check_count(name, getattr(self, name), least=0)

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
 
 from ..model_checks import check_vocabulary
@@ -78,6 +79,8 @@ def _tokens(dataset: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     # through Arrow: lists of Python would take longer than all else that is done here
     for table in dataset.select_columns("input_ids").with_format("arrow").iter(_ROWS):
         column = table.column("input_ids").combine_chunks()
+        if pa.types.is_fixed_size_list(column.type):  # which needs no offsets
+            column = column.cast(pa.list_(column.type.value_type))
         yield column.values.to_numpy(zero_copy_only=False).astype(np.int64), column.offsets.to_numpy()
 
 

@@ -6,6 +6,7 @@ Both are written once the rows are chosen, when pool and scores are at hand, and
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -25,13 +26,19 @@ from ..report.data_records import (
     SamplesRecord,
     SelectionRecord,
 )
+from ..report.run_folder import TRAINER_STATE_NAME
+from ..report.run_report import REPORT_NAME
 from ..selection import P2DDataSelector
 from ..selection.policies import Quotas
 from ..selection.pool import SCORE_COLUMN, ranked
+from .config import P2DConfig
+from .measured_run import MeasuredRun
 
 
 if TYPE_CHECKING:
     from .p2d_trainer import P2DTrainer
+
+logger = logging.getLogger(__name__)
 
 BINS = 40
 # A column of more values is text or a key. Of a column with quotas, the others are put together.
@@ -40,25 +47,35 @@ MOST_VALUES = 20
 LONGEST_TEXT, LONGEST_VALUE = 2_000, 80
 
 
-def remove_data_files(folder: str | Path) -> None:
-    """Remove what an earlier run left in its folder: it is of other data."""
-    for name in (SELECTION_NAME, SAMPLES_NAME):
-        Path(folder, name).unlink(missing_ok=True)
+def remove_earlier_run(args: P2DConfig) -> None:
+    """
+    Remove what a run of the past left in `output_dir` for its report: were this run interrupted, it would be taken for
+    the rest of this one. What it left as the reference of this run stays.
+    """
+    reference = None if args.reference_report is None else MeasuredRun.read(args.reference_report).path
+    for name in (REPORT_NAME, TRAINER_STATE_NAME, SELECTION_NAME, SAMPLES_NAME):
+        path = Path(args.output_dir, name)
+        if path.exists() and not (reference is not None and path.samefile(reference)):
+            path.unlink()
 
 
 def save_data_files(trainer: P2DTrainer, selector: P2DDataSelector, pool: Any) -> None:
     """
-    Write both files into the trainer's `output_dir`. Of a stream there are numbers alone: it is not read again for this.
+    Write both files into the trainer's `output_dir`, or warn if that cannot be: the choice is worth more. Of a stream
+    there are numbers alone: it is not read again for this. With `report_samples=0` there are no others, either.
 
     Args:
         trainer (`P2DTrainer`): The trainer, on its main process.
         selector (`P2DDataSelector`): The selector after `select`.
         pool (`Dataset` or `IterableDataset`): The pool as tokens, with its other columns.
     """
-    folder = Path(trainer.args.output_dir)
-    selection_record(selector).save(folder / SELECTION_NAME)
-    if isinstance(pool, Dataset):
-        samples_record(selector, pool, trainer._tokenizer, trainer.args.report_samples).save(folder / SAMPLES_NAME)
+    folder, count = Path(trainer.args.output_dir), trainer.args.report_samples
+    try:
+        selection_record(selector).save(folder / SELECTION_NAME)
+        if isinstance(pool, Dataset) and count:
+            samples_record(selector, pool, trainer._tokenizer, count).save(folder / SAMPLES_NAME)
+    except OSError as error:
+        logger.warning("What `p2d report` shows of the data is not there. %s", error)
 
 
 def selection_record(selector: P2DDataSelector) -> SelectionRecord:
@@ -173,14 +190,15 @@ def _groups(column: Dataset, kept: torch.Tensor, is_quota: bool) -> list[Group] 
     if len(in_pool) < 2:
         return None
     listed = [value for value, _ in in_pool.most_common(MOST_VALUES)]
-    names = [
-        feature.int2str(value) if isinstance(feature, ClassLabel) and value is not None else value for value in listed
-    ]
-    groups = [
-        Group(str(shown)[:LONGEST_VALUE], in_pool[value], in_kept[value])
-        for shown, value in zip(names, listed, strict=True)
-    ]
+    groups = [Group(_shown(value, feature)[:LONGEST_VALUE], in_pool[value], in_kept[value]) for value in listed]
     if len(in_pool) > len(listed):
         rest = (sum(counts.values()) - sum(counts[value] for value in listed) for counts in (in_pool, in_kept))
         groups.append(Group(None, *rest))
     return groups
+
+
+def _shown(value: Any, feature: Any) -> str:
+    # -1 is what data sets have where a label is missing
+    if isinstance(feature, ClassLabel) and value is not None and 0 <= value < feature.num_classes:
+        value = feature.int2str(value)
+    return str(value)

@@ -26,6 +26,7 @@ from .choosing import best_heads, draw_target, make_selector, raw_where_another_
 from .reference import (
     check_reference,
     count_tokens,
+    epochs_of_run,
     find_reference,
     random_rows,
     steps_of_an_epoch,
@@ -75,7 +76,7 @@ def estimate_run(trainer: P2DTrainer) -> RunEstimate:
     check_reference(trainer, len(trainer.train_dataset))  # one that will not do is told of first
     pool = tokenized(trainer, trainer.train_dataset)
     target = draw_target(trainer, pool)
-    n_tokens = count_tokens(pool)
+    n_tokens = count_tokens(pool, args)
     heads = scored_by = trainer.heads
     if heads is None and trainer.wants_heads:
         scores = localize_heads(trainer.model, [], method="random", seed=args.seed)
@@ -97,9 +98,9 @@ def estimate_run(trainer: P2DTrainer) -> RunEstimate:
                 selected_rows = _number_of_rows(selector, len(pool), n_tokens)
                 selected_tokens = n_tokens * selected_rows / len(pool)
         steps_per_epoch = steps_of_an_epoch(args, selected_rows, selected_tokens)
-        epochs = args.max_steps / steps_per_epoch if args.max_steps > 0 else float(args.num_train_epochs)
+        epochs = epochs_of_run(args, selected_rows, selected_tokens)
         seconds["train"] = epochs * times.seconds(selected_tokens / args.world_size, steps_per_epoch)
-        reference = find_reference(trainer, pool, len(pool), n_tokens)
+        reference = find_reference(trainer, pool, len(pool), n_tokens, epochs)
     return RunEstimate(
         stage_seconds=seconds,
         train_relative_error=times.relative_error,

@@ -36,7 +36,7 @@ from .checks import check_attention, check_optimizer, check_optimizer_is_there, 
 from .choosing import choose, scores_folder
 from .config import P2DConfig
 from .data_checks import ARGUMENTS
-from .data_files import remove_data_files
+from .data_files import remove_earlier_run
 from .deferred_adapter import BackwardEndsAtLowestHead, DeferredAdapter, attach
 from .estimate import estimate_run
 from .interruption import explained_interruption
@@ -66,7 +66,8 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         *sft_args, **sft_kwargs:
             All arguments of [`~trl.SFTTrainer`], of which three mean more here:
 
-            - `args`: [`P2DConfig`], or any other training arguments, for which P2D's own fields have their defaults;
+            - `args`: [`P2DConfig`], or any other training arguments, for which P2D's own fields have their defaults. What
+              a subclass adds comes along as attributes, methods that it overrides do not;
             - `train_dataset`: the pool that is selected from. What you make of the attribute `train_dataset` before
               `train()` is what counts; after it the attribute holds the selected rows;
             - `peft_config`: a [`HeadSparseConfig`] (its `heads` are used if it has any, else found), or another PEFT
@@ -282,7 +283,7 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             `ValueError`: if the checkpoint to resume from is not one of P2DTrainer's, or belongs to another pool.
             `KeyboardInterrupt`: as it comes, after a warning that says what is kept and how to go on.
         """
-        with explained_interruption(self) if self.args.p2d else nullcontext():
+        with explained_interruption(self, resume_from_checkpoint) if self.args.p2d else nullcontext():
             output = self._choose_and_train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         self.save_state()  # `p2d report` draws its log; the checkpoints' end before the training does
         return output
@@ -291,7 +292,7 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         self, resume_from_checkpoint: str | bool | None, trial: Any, ignore_keys_for_eval: list[str] | None
     ) -> TrainOutput:
         if not resume_from_checkpoint and self._p2d_state is None and self.is_world_process_zero():
-            remove_data_files(self.args.output_dir)
+            remove_earlier_run(self.args)
         if not self.args.p2d:
             self._clock.set(StageCosts())
             if resume_from_checkpoint:  # what the steps before took is not known, so there is nothing to report
@@ -353,7 +354,7 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             )
         selected = pool if state.rows is None else rows_of(pool, state.rows)
         if state.selected_tokens is None and state.rows is not None:
-            state.selected_tokens = count_tokens(tokenized(self, selected))
+            state.selected_tokens = count_tokens(tokenized(self, selected), self.args)
         if self.args.packing and not self._skip_prepare_dataset:
             selected = super()._prepare_dataset(selected, self.processing_class, self.args, True, None, "selected")
         self.heads = state.heads

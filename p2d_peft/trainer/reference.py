@@ -60,7 +60,11 @@ def check_reference(trainer: P2DTrainer, pool_rows: int | None) -> MeasuredRun |
 
 
 def find_reference(
-    trainer: P2DTrainer, pool: Dataset | IterableDataset, pool_rows: int | None, pool_tokens: int | None
+    trainer: P2DTrainer,
+    pool: Dataset | IterableDataset,
+    pool_rows: int | None,
+    pool_tokens: int | None,
+    epochs: float,
 ) -> Reference | None:
     """
     The reference as the user gave it, in seconds or as the report of a run, or estimated from a few steps if that is
@@ -70,14 +74,15 @@ def find_reference(
         trainer (`P2DTrainer`): A trainer before its adapter is attached; its model, flags and random numbers stay.
         pool (`Dataset` or `IterableDataset`): The whole tokenized pool.
         pool_rows (`int`, *optional*): Its rows. Where they are unknown, nothing can be estimated.
-        pool_tokens (`int`, *optional*): Its tokens.
+        pool_tokens (`int`, *optional*): Its tokens, see [`count_tokens`].
+        epochs (`float`): Epochs that will be trained, see [`epochs_of_run`]; seconds that were given are for as many.
 
     Raises:
         `ValueError`: as [`check_reference`] does.
     """
     args: P2DConfig = trainer.args
     if args.reference_seconds is not None:
-        return Reference(args.reference_seconds / args.num_train_epochs, "given")
+        return Reference(args.reference_seconds / epochs, "given")
     if (run := check_reference(trainer, pool_rows)) is not None:
         return _measured(trainer, run, pool_rows)
     if args.reference_steps == 0 or pool_rows is None or pool_tokens is None:
@@ -216,6 +221,18 @@ def steps_of_an_epoch(args: P2DConfig, n_rows: int, n_tokens: float) -> int:
     return math.ceil(n_rows / effective_batch_size(args))
 
 
+def epochs_of_run(args: P2DConfig, n_rows: int | None, n_tokens: float | None) -> float:
+    """
+    Epochs that will be trained on so many rows with so many tokens. `num_train_epochs` does not count beside `max_steps`.
+    A stream of which nobody knows how long it is has one, as `Trainer` counts.
+    """
+    if args.max_steps <= 0:
+        return float(args.num_train_epochs)
+    if n_rows is None or n_tokens is None:
+        return 1.0
+    return args.max_steps / steps_of_an_epoch(args, n_rows, n_tokens)
+
+
 def random_rows(
     trainer: P2DTrainer, pool: Dataset | IterableDataset, count: int, pool_rows: int, pool_tokens: int
 ) -> Dataset:
@@ -249,6 +266,11 @@ def training_batches(dataset: Dataset, size: int, pad_token_id: int) -> list[dic
     return [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
-def count_tokens(dataset: Dataset) -> int:
-    """Tokens of a prepared dataset."""
-    return sum(map(len, dataset.with_format(None)["input_ids"]))
+def count_tokens(dataset: Dataset, args: P2DConfig) -> int:
+    """
+    Tokens of a prepared dataset that are trained on. Rows that are to be packed are not cut off beforehand; `bfd` drops
+    what of a row is beyond `max_length`, the other strategies put it into the next pack.
+    """
+    longest = args.max_length if args.packing and args.packing_strategy == "bfd" else None
+    lengths = map(len, dataset.with_format(None)["input_ids"])
+    return sum(lengths if longest is None else (min(length, longest) for length in lengths))

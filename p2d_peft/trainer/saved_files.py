@@ -10,6 +10,7 @@ their place), which is less than one checkpoint with its optimizer state.
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ def save_beside_model(trainer: P2DTrainer, folder: Path, is_whole: bool) -> None
         is_whole (`bool`): Whether this process has the weights as a whole, not shards of them.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    is_checkpoint = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+    is_checkpoint = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name) is not None
     save_heads(folder, model, trainer.heads, trainer.head_scores, picture=not is_checkpoint)
     if is_checkpoint:
         # PEFT's draft of a card, with which the Hub refuses the checkpoint if it names a base model in a local folder

@@ -1,16 +1,21 @@
 """Ctrl-C: it ends what it ends, and what is kept and how to go on is said."""
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from p2d_peft import localize_heads
 from p2d_peft.cli import main
+from p2d_peft.commands.sft import make_parser
 from p2d_peft.selection import engine
+from p2d_peft.trainer.deferred_adapter import BackwardEndsAtLowestHead
 
 from ..model_checks import assert_unchanged, snapshot
 from ..tiny_data import prompt_completion
@@ -82,7 +87,7 @@ QUICK = {"reference_steps": 0, "num_train_epochs": 1, "localize_method": "gate"}
         (
             10,
             {"save_strategy": "steps", "save_steps": 1},
-            "' is kept, with the chosen heads and rows: go on from there with `train(resume_from_checkpoint=True)`",
+            "checkpoint-3' is kept, with the chosen heads and rows: go on from there with `train(resume_from_checkpoint='",
         ),
     ],
     ids=["localizing", "selecting", "training", "training with checkpoints"],
@@ -95,6 +100,42 @@ def test_a_script_is_told_and_ends(n_passes, changes, said, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         run.train()
     assert said in caplog.text
+
+
+def checkpoint_on_the_command_line(said):
+    """Which one the parser of `p2d sft` gets."""
+    flags = shlex.split(re.search(r"on the command line with `(.*)`\.", said)[1])
+    return make_parser().parse_args_and_config([*flags, "--use_cpu", "--output_dir", "x"])[1].resume_from_checkpoint
+
+
+def test_the_checkpoint_is_that_of_the_run_itself(tmp_path, caplog):
+    folder = tmp_path / "with a space"
+    saving = {**QUICK, "save_strategy": "steps", "save_steps": 1}
+    trainer(folder, changes=saving).train()  # leaves checkpoint-4
+
+    def interrupted(step, changes, resume=None):
+        class Interrupts(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step == step:
+                    raise KeyboardInterrupt
+
+        caplog.clear()
+        run = trainer(folder, changes=changes, callbacks=[Interrupts()])
+        before = list(run.callback_handler.callbacks)
+        with pytest.raises(KeyboardInterrupt):
+            run.train(resume_from_checkpoint=resume)
+        assert [type(callback) for callback in run.callback_handler.callbacks if callback not in before] == [
+            BackwardEndsAtLowestHead
+        ]
+        return caplog.text
+
+    assert "before the first checkpoint" in interrupted(2, {**QUICK, "seed": 1})
+    said = interrupted(2, {**saving, "seed": 1})
+    assert checkpoint_on_the_command_line(said) == str(folder / "checkpoint-2")
+    assert f"resume_from_checkpoint={str(folder / 'checkpoint-2')!r}" in said
+    for resume, step in ((folder / "checkpoint-3", 3), (True, 4)):
+        said = interrupted(step, {**QUICK, "num_train_epochs": 2}, resume)
+        assert checkpoint_on_the_command_line(said) == str(folder / f"checkpoint-{step}")
 
 
 def test_a_checkpoint_of_an_interrupted_run_goes_on(tmp_path):

@@ -48,3 +48,19 @@ def test_a_report_adds_no_word_to_a_command():
         "--model_name_or_path", "--dataset_name", "--target_dataset_name", "--seed", "--optim", "--output_dir",
     ]  # fmt: skip
     assert len(said) == 14
+
+
+def test_another_adapter_has_to_be_given():
+    train = reproduction(report(arguments={"peft_type": "LORA", "eos_token": "</s>", "learning_rate": 0.002}))[1]
+    comment, command = train.split("\n", 1)
+    assert comment.startswith("# The adapter was LORA") and "--lora_ options" in comment
+    _, args, model, _ = sft.make_parser().parse_args_and_config([*words(command)[2:], "--lora_r", "4", "--use_cpu"])
+    assert (model.use_peft, model.lora_r, args.eos_token) == (True, 4, "</s>") and "peft_type" not in command
+    other = reproduction(report(arguments={"peft_type": "IA3"}))[1]
+    assert "as peft_config" in other.splitlines()[0] and "use_peft" not in other
+
+
+def test_a_kind_of_adapter_adds_no_command():
+    for nasty in ("X\nrm -rf ~", "X; id", ""):
+        train = reproduction(report(arguments={"peft_type": nasty}))[1]
+        assert train == reproduction(report(arguments={}))[1]

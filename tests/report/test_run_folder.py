@@ -93,3 +93,11 @@ def test_a_log_that_is_none_is_told(folder):
     (folder / "trainer_state.json").write_text("[]")
     with pytest.raises(ValueError, match=r"trainer_state\.json' is not the state of a trainer"):
         Run.read(folder)
+
+
+@pytest.mark.parametrize("changes", [{"pool_rows": 1221}, {"kept_rows": 121}, {"scorer": "random"}], ids=str)
+def test_data_of_a_later_run_are_left_out(changes, folder, caplog):
+    damage(folder, "p2d_selection.json", **changes)
+    run = Run.read(folder)
+    assert run.selection is run.samples is None and run.heads and run.curves
+    assert "p2d_selection.json' is not of the run that 'p2d_report.json' is of" in caplog.text

@@ -1,7 +1,11 @@
+import json
+
 import pytest
 from trl import SFTConfig, TrlParser
 
 from p2d_peft import P2DConfig
+
+from .test_measured_run import FULL
 
 
 def test_keeps_every_default_of_sft_config(tmp_path):
@@ -57,3 +61,9 @@ def test_the_reference_is_given_once(tmp_path):
         ValueError, match=r"Give `reference_seconds` \(9\.0\) or `reference_report` \('run'\), not both"
     ):
         P2DConfig(str(tmp_path), bf16=False, reference_seconds=9.0, reference_report="run")
+
+
+def test_paths_may_be_objects_and_arguments_stay_json(tmp_path):
+    FULL.save(tmp_path / "p2d_report.json")
+    args = P2DConfig(str(tmp_path), bf16=False, reference_report=tmp_path)
+    assert json.loads(args.to_json_string())["reference_report"] == str(tmp_path)

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, IterableDataset
+from transformers import TrainerCallback
 
 from p2d_peft import P2DDataSelector
 from p2d_peft.report.data_records import SamplesRecord, SelectionRecord
@@ -88,6 +89,13 @@ def test_columns_with_a_few_values_are_counted():
     }
 
 
+def test_a_label_that_is_missing_is_counted_as_it_stands_there():
+    pool = pool_of(8, label=[0, 1, -1, None] * 2).cast_column("label", ClassLabel(names=["no", "yes"]))
+    record = samples_record(chosen([float(row) for row in range(8)], [0, 2]), pool, tiny_tokenizer(), 1)
+    found = {group.value: (group.pool_rows, group.kept_rows) for group in record.columns["label"]}
+    assert found == {"no": (2, 1), "yes": (2, 0), "-1": (2, 1), "None": (2, 0)}
+
+
 def test_a_column_with_quotas_is_counted_whatever_it_holds():
     pool = pool_of(60, number=[0] * 20 + list(range(1, 41)))
     selector = chosen([float(row) for row in range(60)], list(range(10)), policies=[Quotas("number", {0: 0.5})])
@@ -117,11 +125,12 @@ def test_no_text_where_none_is_wanted_and_none_of_an_earlier_run(tmp_path):
     trainer(tmp_path, changes={"scorer": "length"}).train()
     assert SamplesRecord.load(tmp_path / "_p2d_samples.json").best
     trainer(tmp_path, changes={"scorer": "length", "report_samples": 0}).train()
-    record = SamplesRecord.load(tmp_path / "_p2d_samples.json")
-    assert record.best == record.worst == [] and record.columns
-    for name in ("p2d_selection.json", "p2d_report.json", "trainer_state.json"):
-        words = (tmp_path / name).read_text()
-        assert not any(row["prompt"] in words for row in rows(32))
+    # "copy" and "count" are the values of a column
+    quoted = ['"copy"', '"count"', *(row["prompt"] for row in rows(32))]
+    files = {path.name: path.read_text() for path in tmp_path.glob("*.json")}
+    assert {"p2d_selection.json", "p2d_report.json", "trainer_state.json"} <= set(files)
+    assert not [name for name, words in files.items() if any(quote in words for quote in quoted)]
+    assert "_p2d_samples.json" not in files
     trainer(tmp_path, changes={"data_ratio": 1.0}).train()
     assert not list(tmp_path.glob("*p2d_s[ea]*.json"))
 
@@ -153,3 +162,66 @@ def test_a_secret_is_no_argument_of_the_report(tmp_path):
     words = (tmp_path / "p2d_report.json").read_text()
     assert "hf_secret" not in words and "me/x" not in words and "mine" not in words and str(tmp_path) not in words
     assert json.loads(words)["arguments"]["max_steps"] == 1
+
+
+class Stops(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+def interrupt(run):
+    run.add_callback(Stops)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+
+
+def test_files_that_cannot_be_written_end_no_run(tmp_path, monkeypatch, caplog):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SelectionRecord, "save", full)
+    run = trainer(tmp_path)
+    run.train()
+    assert run.report is not None and "No space left on device" in caplog.text
+
+
+OF_A_RUN = {"p2d_report.json", "trainer_state.json", "p2d_selection.json", "_p2d_samples.json"}
+
+
+def left(folder):
+    return {path.name for path in folder.iterdir()} & OF_A_RUN
+
+
+def test_a_run_that_is_interrupted_has_no_report_of_another(tmp_path):
+    trainer(tmp_path).train()
+    assert left(tmp_path) == OF_A_RUN
+    interrupt(trainer(tmp_path, changes={"data_ratio": 0.25}))
+    assert left(tmp_path) == {"p2d_selection.json", "_p2d_samples.json"}
+    with pytest.raises(ValueError, match="There is no"):
+        Run.read(tmp_path)
+    trainer(tmp_path).train()
+    interrupt(trainer(tmp_path, changes={"p2d": False}))
+    assert left(tmp_path) == set()
+
+
+def test_a_resumed_run_keeps_its_files_until_they_are_replaced(tmp_path):
+    changes = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    first = trainer(tmp_path, changes=changes)
+    first.train()
+    resumed = trainer(tmp_path, changes=changes)
+    resumed.add_callback(Stops)
+    with pytest.raises(KeyboardInterrupt):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert left(tmp_path) == OF_A_RUN and Run.read(tmp_path).report == first.report
+    assert Run.read(tmp_path).selection is not None
+
+
+@pytest.mark.parametrize("name", ["p2d_report.json", "trainer_state.json", None])
+def test_the_report_of_the_reference_stays(name, tmp_path):
+    trainer(tmp_path, changes={"p2d": False}).train()
+    given = str(tmp_path if name is None else tmp_path / name)
+    interrupt(trainer(tmp_path, changes={"reference_report": given}))
+    assert left(tmp_path) == {name or "p2d_report.json", "p2d_selection.json", "_p2d_samples.json"}
+    run = trainer(tmp_path, changes={"reference_report": given})
+    run.train()
+    assert run.report.reference_source == "measured"

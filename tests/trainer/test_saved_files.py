@@ -93,3 +93,11 @@ def test_no_lora_of_shards_or_of_another_adapter(tmp_path, caplog):
     other = trainer(tmp_path / "other", changes={"p2d": False}, peft_config=adapter)
     other.save_model()
     assert there(tmp_path / "other") == []
+
+
+def test_a_folder_that_is_called_like_a_checkpoint_is_a_result(tmp_path):
+    run = trainer(tmp_path)
+    run.train()
+    for name in ("checkpoint-final", "checkpoint-1-best", "my-checkpoint-1"):
+        run.save_model(str(tmp_path / name))
+        assert there(tmp_path / name) == [*MAP, *LORA], name
