@@ -12,7 +12,7 @@ from typing import Any, Optional
 from transformers.utils.logging import is_progress_bar_enabled
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset
 
-from ..dataset_files import is_dataset_file, read_dataset
+from ..dataset_files import is_local, is_whole, read_dataset
 from ..trainer import P2DConfig
 from .common import read_heads
 from .launch import is_launched, launch, launch_arguments
@@ -68,7 +68,17 @@ def make_parser(prog: Optional[str] = None) -> TrlParser:  # noqa: UP045
 
 
 class _Parser(OneLineErrors, TrlParser):
-    """TRL's parser, whose usage takes some hundred lines."""
+    """TRL's parser, whose usage takes some hundred lines, and whose `--resume_from_checkpoint` takes nothing but a folder."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        (resume,) = (action for action in self._actions if action.dest == "resume_from_checkpoint")
+        resume.nargs, resume.const, resume.type = "?", True, _checkpoint
+
+
+def _checkpoint(text: str) -> str | bool:
+    """What `train()` is to go on from: a checkpoint's folder, or whether to take the last one."""
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def main(
@@ -120,7 +130,7 @@ def main(
         f"saved to {training_args.output_dir}; `p2d report {training_args.output_dir}` tells what was chosen"
     )
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.push_to_hub(dataset_name=_name_on_hub(script_args, dataset_args))
         trainer.accelerator.print(f"pushed to https://huggingface.co/{trainer.hub_model_id}")
     trainer.accelerator.end_training()
 
@@ -137,10 +147,10 @@ def _training_data(
     name = script_args.dataset_name
     if name is None:
         raise ValueError("There is no training data: give `dataset_name`, or `datasets` in a recipe.")
-    if with_eval and is_dataset_file(name):
+    if with_eval and is_whole(name):
         raise ValueError(
-            f"`eval_strategy` asks for evaluation data, but `dataset_name`='{name}' is one file. Give it as `datasets` "
-            "with `test_split_size`, or as a folder with splits."
+            f"`eval_strategy` asks for evaluation data, but `dataset_name`='{name}' has no splits. Give a "
+            "folder with a train and a test split, or the file as `datasets` with `test_split_size`."
         )
     splits = (script_args.dataset_train_split, script_args.dataset_test_split if with_eval else None)
     train, test = (
@@ -148,6 +158,12 @@ def _training_data(
         for split in splits
     )
     return train, test
+
+
+def _name_on_hub(script_args: P2DScriptArguments, dataset_args: DatasetMixtureConfig) -> Optional[str]:  # noqa: UP045
+    """The training data's name for the card, which links to it: of a mixture and of what is local there is none."""
+    name = script_args.dataset_name
+    return None if dataset_args.datasets or name is None or is_local(name) else name
 
 
 def run(arguments: list[str], of_p2d: Sequence[str] = ()) -> None:
