@@ -5,15 +5,18 @@
     accelerate launch scripts/p2d_sft.py --config examples/recipes/p2d.yaml
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import is_progress_bar_enabled
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset
 
 from ..dataset_files import is_local, is_whole, read_dataset
 from ..trainer import P2DConfig
+from ..trainer.state import P2DState
 from .common import read_heads
 from .launch import is_launched, launch, launch_arguments
 from .output import OneLineErrors
@@ -74,6 +77,7 @@ class _Parser(OneLineErrors, TrlParser):
         super().__init__(*args, **kwargs)
         (resume,) = (action for action in self._actions if action.dest == "resume_from_checkpoint")
         resume.nargs, resume.const, resume.type = "?", True, _checkpoint
+        resume.help = "Folder of a checkpoint to go on from; with no folder, the last checkpoint in `output_dir`."
 
 
 def _checkpoint(text: str) -> str | bool:
@@ -94,12 +98,14 @@ def main(
     that.
 
     Raises:
-        `ValueError`: if no training data is named, or no evaluation data is found where `eval_strategy` asks for it.
+        `ValueError`: if no training data is named, no evaluation data is found where `eval_strategy` asks for it, or
+            there is no checkpoint to go on from.
     """
     from trl import get_peft_config, get_quantization_config
 
     from ..trainer import P2DTrainer
 
+    _check_checkpoint(training_args)
     heads = None if script_args.heads_file is None else read_heads(script_args.heads_file)
     train_dataset, eval_dataset = _training_data(script_args, dataset_args, training_args.eval_strategy != "no")
     target = None
@@ -133,6 +139,20 @@ def main(
         trainer.push_to_hub(dataset_name=_name_on_hub(script_args, dataset_args))
         trainer.accelerator.print(f"pushed to https://huggingface.co/{trainer.hub_model_id}")
     trainer.accelerator.end_training()
+
+
+def _check_checkpoint(args: P2DConfig) -> None:
+    """Look at the checkpoint to go on from before anything is loaded; `train()` reads it when all is there."""
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint is True:
+        checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+        if checkpoint is None:
+            raise ValueError(
+                f"`resume_from_checkpoint`=True, but there is no checkpoint in `output_dir`='{args.output_dir}'. Give the "
+                "folder of one, or leave it out to start anew."
+            )
+    if checkpoint and args.p2d:
+        P2DState.load(checkpoint)
 
 
 def _training_data(

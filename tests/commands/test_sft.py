@@ -11,7 +11,9 @@ from p2d_peft import trainer as trainer_module
 from p2d_peft.cli import main
 from p2d_peft.commands import launch, sft
 from p2d_peft.commands.common import read_heads
+from p2d_peft.efficiency import StageCosts
 from p2d_peft.report import P2DReport
+from p2d_peft.trainer.state import P2DState
 
 from ..tiny_data import prompt_completion
 
@@ -116,7 +118,7 @@ def test_what_a_trainer_takes_is_passed_on(recipe, folder, given, tmp_path):
         prompt_completion(n).to_json(tmp_path / "data" / f"{split}.jsonl")
     flags = ["--dataset_name", f"{tmp_path}/data", "--dataset_streaming", "--eval_strategy", "steps"]
     flags += ["--load_in_4bit", "--use_bnb_nested_quant", "--dtype", "bfloat16", "--attn_implementation", "eager"]
-    flags += ["--push_to_hub", "--resume_from_checkpoint", "checkpoint-1"]
+    flags += ["--push_to_hub"]
     assert main(["sft", "--config", recipe, *flags]) == 0
     kwargs = given.kwargs
     assert kwargs["model"] == f"{folder}/model" and kwargs["heads"] is None and kwargs["peft_config"] is None
@@ -132,7 +134,7 @@ def test_what_a_trainer_takes_is_passed_on(recipe, folder, given, tmp_path):
     assert len(kwargs["target_dataset"]) == 6
     calls = [(name, kwargs) for name, _, kwargs in given.calls if name != "print"]
     assert calls == [
-        ("train", {"resume_from_checkpoint": "checkpoint-1"}),
+        ("train", {"resume_from_checkpoint": None}),
         ("save_model", {}),
         ("log_metrics", {}),
         ("push_to_hub", {"dataset_name": None}),  # a local folder, which nobody finds on the Hub
@@ -189,17 +191,34 @@ def test_what_a_file_lacks_is_not_passed_over(flags, message, recipe, given, cap
         ("", ["--resume_from_checkpoint"], True),
         ("", ["--resume_from_checkpoint", "true"], True),
         ("", ["--resume_from_checkpoint", "True"], True),
-        ("", ["--resume_from_checkpoint", "run/checkpoint-1"], "run/checkpoint-1"),
+        ("", ["--resume_from_checkpoint", "out/checkpoint-1"], "out/checkpoint-1"),
         ("resume_from_checkpoint: true", [], True),
         ("resume_from_checkpoint: 'true'", [], True),
         ("resume_from_checkpoint: true", ["--resume_from_checkpoint", "false"], False),
     ],
 )
-def test_training_goes_on_from_the_last_checkpoint_or_a_named_one(line, flags, passed_on, recipe, given):
+def test_training_goes_on_from_the_last_checkpoint_or_a_named_one(
+    line, flags, passed_on, recipe, given, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    P2DState(None, None).save("out/checkpoint-1", StageCosts())
     with open(recipe, "a") as file:
         file.write(line)
     assert main(["sft", *flags, "--config", recipe]) == 0
     assert given.calls[0] == ("train", (), {"resume_from_checkpoint": passed_on})
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["no"], "`resume_from_checkpoint`='no' has no p2d_state.json"),
+        ([], "out'. Give the folder of one, or leave it out to start anew"),
+        (["--no_p2d"], "out'. Give the folder of one, or leave it out to start anew"),
+    ],
+)
+def test_a_checkpoint_that_is_not_there_is_told_before_any_work(flags, message, recipe, given, capsys):
+    assert main(["sft", "--config", recipe, "--resume_from_checkpoint", *flags]) == 2
+    assert message in capsys.readouterr().err and not given.kwargs
 
 
 @pytest.mark.parametrize(
