@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from pyarrow import ArrowException
 
@@ -12,12 +13,30 @@ from .files import check_new, unfinished
 
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_WITH_SPLIT = re.compile(r"(.+):([^:\[\]]+(?:\[.*\])?)")  # and, of the split, perhaps a slice
 _WRITERS = {".jsonl": "to_json", ".parquet": "to_parquet", ".csv": "to_csv"}
 
 
-def is_dataset_file(source: str) -> bool:
-    """Whether [`read_dataset`] takes `source` for a file, which has no splits."""
+def is_whole(source: str) -> bool:
+    """Whether [`read_dataset`] takes `source` as a whole: a file, or a folder of one `Dataset`, neither of which has splits."""
+    return _is_file(source) or _is_saved_dataset(source)
+
+
+def is_local(source: str) -> bool:
+    """Whether [`read_dataset`] looks for `source` here rather than on the Hub."""
+    return _is_file(source) or Path(source).exists()
+
+
+def _is_file(source: str) -> bool:
     return Path(source).suffix in _READERS
+
+
+def _is_saved_dataset(folder: str) -> bool:
+    return Path(folder, "state.json").is_file() and not _is_saved_dict(folder)
+
+
+def _is_saved_dict(folder: str) -> bool:
+    return Path(folder, "dataset_dict.json").is_file()
 
 
 def read_dataset(
@@ -30,12 +49,14 @@ def read_dataset(
         source (`str`): A file (`.jsonl`, `.json`, `.parquet`, `.csv`), a folder that `save_to_disk` wrote, or what
             `load_dataset` takes, with `:split` behind it where that is not `train`.
         config (`str`, *optional*): The configuration's name, for `load_dataset`.
-        split (`str`, *optional*): The split, in place of `:split`; a file is taken whole.
+        split (`str`, *optional*): The split, in place of `:split`. All of a file, and of a folder of one `Dataset`, is its
+            split `train`; of a file, this can be a slice, such as `train[:10%]`.
         streaming (`bool`, *optional*, defaults to `False`): Whether to give a stream.
 
     Raises:
         `FileNotFoundError`: if there is no such file.
-        `ValueError`: if a file is empty or damaged, or a folder holds several splits and none is named.
+        `ValueError`: if a file is empty or damaged, a folder holds several splits and none is named, or there is no such
+            split or configuration.
     """
     try:
         return _read(source, config, split, streaming)
@@ -45,29 +66,46 @@ def read_dataset(
 
 
 def _read(source: str, config: str | None, split: str | None, streaming: bool) -> Dataset | IterableDataset:
+    if split is None and not is_local(source) and (named := _WITH_SPLIT.fullmatch(source)):
+        source, split = named.groups()
+    if not is_whole(source) and not _is_saved_dict(source):
+        return load_dataset(source, config, split=split or "train", streaming=streaming)
+    if config is not None:
+        raise ValueError(f"'{source}' has no configurations, got '{config}'; leave it out.")
+    if _is_file(source):
+        return _read_file(source, split or "train", streaming)
+    saved = _read_saved(source, split)
+    return saved.to_iterable_dataset() if streaming else saved
+
+
+def _read_file(source: str, split: str, streaming: bool) -> Dataset | IterableDataset:
     path = Path(source)
-    if is_dataset_file(source):
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no file '{source}'.")
-        if not path.stat().st_size:
-            raise ValueError(f"'{source}' is empty.")
-        try:
-            return load_dataset(_READERS[path.suffix], data_files=str(path), split="train", streaming=streaming)
-        except ValueError as error:  # what old versions of datasets say of bad JSON lines names no file
-            raise ValueError(f"'{source}' cannot be read: {error}") from error
-    name = source
-    if split is None and ":" in source:
-        name, _, split = source.rpartition(":")
-    if Path(name).is_dir() and (Path(name, "state.json").exists() or Path(name, "dataset_dict.json").exists()):
-        loaded = load_from_disk(name)
-        if isinstance(loaded, DatasetDict):
-            if split not in loaded:
-                raise ValueError(
-                    f"'{name}' has the splits {', '.join(loaded)}; name one: '{name}:{next(iter(loaded))}'."
-                )
-            loaded = loaded[split]
-        return loaded.to_iterable_dataset() if streaming else loaded
-    return load_dataset(name, config, split=split or "train", streaming=streaming)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file '{source}'.")
+    if not path.stat().st_size:
+        raise ValueError(f"'{source}' is empty.")
+    if not split.startswith("train["):  # a slice, which `load_dataset` knows
+        _check_is_all(source, split)
+    try:
+        return load_dataset(_READERS[path.suffix], data_files=str(path), split=split, streaming=streaming)
+    except ValueError as error:  # what old versions of datasets say of bad JSON lines names no file
+        raise ValueError(f"'{source}' cannot be read: {error}") from error
+
+
+def _read_saved(source: str, split: str | None) -> Dataset:
+    saved = load_from_disk(source)
+    if isinstance(saved, Dataset):
+        _check_is_all(source, split or "train")
+        return saved
+    if split not in saved:
+        raise ValueError(f"'{source}' has the splits {', '.join(saved)}; name one: '{source}:{next(iter(saved))}'.")
+    return saved[split]
+
+
+def _check_is_all(source: str, split: str) -> None:
+    """Check the split that is asked for of a source that [`is_whole`]: another would stand for other rows."""
+    if split != "train":
+        raise ValueError(f"'{source}' has no split '{split}': all of it is 'train'. Leave the split out.")
 
 
 def check_new_dataset(target: str | Path) -> None:

@@ -1,7 +1,9 @@
+import re
+
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from p2d_peft.dataset_files import read_dataset, write_dataset
+from p2d_peft.dataset_files import is_local, is_whole, read_dataset, write_dataset
 
 from .tiny_data import conversational, prompt_completion
 
@@ -60,3 +62,43 @@ def test_any_source_can_be_streamed(name, tmp_path):
 def test_a_split_by_itself_leaves_colons_alone(tmp_path):
     DatasetDict(train=prompt_completion(3), test=prompt_completion(2)).save_to_disk(str(tmp_path / "a:b"))
     assert len(read_dataset(f"{tmp_path}/a:b", split="test")) == 2
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "saved"])
+def test_a_split_or_a_configuration_that_is_not_there_is_not_passed_over(name, tmp_path):
+    write_dataset(prompt_completion(4), tmp_path / name)
+    source = str(tmp_path / name)
+    assert len(read_dataset(f"{source}:train")) == len(read_dataset(source, split="train")) == 4
+    for split in ("test", "nonexistent[:3]", "train2"):
+        with pytest.raises(ValueError, match=f"{name}' has no split '{re.escape(split)}': all of it is 'train'"):
+            read_dataset(source, split=split)
+        with pytest.raises(ValueError, match=f"{name}' has no split '{re.escape(split)}': all of it is 'train'"):
+            read_dataset(f"{source}:{split}")
+    with pytest.raises(ValueError, match=f"{name}' has no configurations, got 'zzz'; leave it out"):
+        read_dataset(source, "zzz", "train")
+
+
+def test_a_file_can_be_sliced(tmp_path):
+    write_dataset(prompt_completion(8), tmp_path / "rows.jsonl")
+    assert read_dataset(f"{tmp_path}/rows.jsonl", split="train[2:5]").to_list() == prompt_completion(8).to_list()[2:5]
+    assert len(read_dataset(f"{tmp_path}/rows.jsonl:train[:25%]")) == 2
+    with pytest.raises(ValueError, match=r"rows\.jsonl' cannot be read: .*test"):
+        read_dataset(f"{tmp_path}/rows.jsonl", split="train[:3]+test")
+    write_dataset(prompt_completion(8), tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"saved' has no split 'train\[:3\]'"):
+        read_dataset(f"{tmp_path}/saved", split="train[:3]")
+
+
+def test_splits_of_a_folder_have_no_configurations(tmp_path):
+    DatasetDict(train=prompt_completion(3)).save_to_disk(str(tmp_path / "splits"))
+    with pytest.raises(ValueError, match="splits' has no configurations, got 'zzz'"):
+        read_dataset(f"{tmp_path}/splits", "zzz", "train")
+
+
+def test_what_has_no_splits_and_what_is_local(tmp_path):
+    write_dataset(prompt_completion(3), tmp_path / "one")
+    DatasetDict(train=prompt_completion(3)).save_to_disk(str(tmp_path / "splits"))
+    write_dataset(prompt_completion(3), tmp_path / "plain" / "train.jsonl")
+    sources = [f"{tmp_path}/one", f"{tmp_path}/splits", f"{tmp_path}/plain", "no.jsonl", "trl-lib/Capybara"]
+    assert [is_whole(source) for source in sources] == [True, False, False, True, False]
+    assert [is_local(source) for source in sources] == [True, True, True, True, False]

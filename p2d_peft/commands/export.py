@@ -14,6 +14,9 @@ from .common import DTYPES, count
 
 Format = Literal["lora", "merged"]
 
+# folders of a run that hold adapters which are none of its own: copies, and what training goes on from
+_OTHERS = ("lora", "checkpoint-*", "last-checkpoint")
+
 
 def add_parser(commands: Any) -> None:
     """Add the command to the subparsers of `p2d`."""
@@ -74,7 +77,7 @@ def export_adapter(
     config = PeftConfig.from_pretrained(adapter)
     if format == "lora" and not isinstance(config, HeadSparseConfig):
         raise ValueError(f"'{adapter}' is no HeadSparse adapter but {config.peft_type.value}; merge it.")
-    tokenizer_source = adapter if os.path.isfile(os.path.join(adapter, "tokenizer_config.json")) else None
+    tokenizer_source = _tokenizer_folder(adapter)
     if format == "merged":
         tokenizer_source = tokenizer_source or config.base_model_name_or_path
     _check_weights(adapter)
@@ -119,19 +122,51 @@ def _check_weights(adapter: str) -> None:
         raise ValueError(f"'{path}' is damaged or cut off: {error}. Take another checkpoint.") from error
 
 
+def _tokenizer_folder(adapter: str) -> str | None:
+    """Where an adapter's tokenizer is: beside it or, of an adapter that has a name, in the run's folder around it."""
+    for folder in (adapter, os.path.dirname(os.path.abspath(adapter))):
+        if os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
+            return folder
+    return None
+
+
 def _find_adapter(name: str) -> str:
     """The folder that holds the adapter that a run, an adapter or a Hub id stands for."""
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     from peft.utils import CONFIG_NAME
     from transformers.trainer_utils import get_last_checkpoint
 
-    # of a run on the Hub without its checkpoints
     try:
-        root = name if os.path.isdir(name) else snapshot_download(name, ignore_patterns=["*/*"])
+        root = name if os.path.isdir(name) else _download(name)
     except (HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(f"There is no folder '{name}' to find an adapter in, and from the Hub: {error}") from error
-    for folder in (root, get_last_checkpoint(root)):
-        if folder is not None and os.path.isfile(os.path.join(folder, CONFIG_NAME)):
-            return folder
+    for folder in filter(None, (root, get_last_checkpoint(root))):
+        found = _adapters_in(folder)
+        if len(found) > 1:
+            names = ", ".join(map(os.path.basename, found))
+            raise ValueError(f"'{folder}' has the adapters {names}; give the folder of one, such as '{found[0]}'.")
+        if found:
+            return found[0]
     raise ValueError(f"'{name}' has no {CONFIG_NAME}, nor has a checkpoint in it: there is no adapter to export.")
+
+
+def _adapters_in(folder: str) -> list[str]:
+    """The folders of the adapters that PEFT saved into a folder: that one or, if they have names, some in it."""
+    from peft.utils import CONFIG_NAME
+
+    if os.path.isfile(os.path.join(folder, CONFIG_NAME)):
+        return [folder]
+    found = sorted(path.parent for path in Path(folder).glob(f"*/{CONFIG_NAME}"))
+    return [str(path) for path in found if not any(path.match(other) for other in _OTHERS)]
+
+
+def _download(name: str) -> str:
+    """What of a run on the Hub can be exported: no checkpoints, and folders only if the adapter is in none but those."""
+    from huggingface_hub import snapshot_download
+    from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+    root: str = snapshot_download(name, ignore_patterns=["*/*"])
+    if not os.path.isfile(os.path.join(root, CONFIG_NAME)):
+        wanted = [f"*/{file}" for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
+        snapshot_download(name, allow_patterns=wanted, ignore_patterns=[f"{other}/*" for other in _OTHERS])
+    return root

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..dataset_files import check_new_dataset, read_dataset, write_dataset
-from ..files import check_writable
+from ..files import check_new, check_writable
 from .common import (
     DATA,
     add_model,
@@ -62,7 +62,11 @@ def run(args: argparse.Namespace) -> None:
 
     check_new_dataset(args.output)
     if args.plot:
+        check_new(args.plot)
         check_plot(args.plot)
+    for option, path in (("--plot", args.plot), ("--cache-dir", args.cache_dir)):
+        if path is not None and Path(args.output).resolve() in (path.resolve(), *path.resolve().parents):
+            raise ValueError(f"{option} '{path}' is where --output '{args.output}' is to be; give another place.")
     if args.cache_dir:
         check_writable(args.cache_dir / "run")
     for needed, given, option in (

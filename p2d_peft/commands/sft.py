@@ -5,15 +5,18 @@
     accelerate launch scripts/p2d_sft.py --config examples/recipes/p2d.yaml
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import is_progress_bar_enabled
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset
 
-from ..dataset_files import is_dataset_file, read_dataset
+from ..dataset_files import is_local, is_whole, read_dataset
 from ..trainer import P2DConfig
+from ..trainer.state import P2DState
 from .common import read_heads
 from .launch import is_launched, launch, launch_arguments
 from .output import OneLineErrors
@@ -68,7 +71,18 @@ def make_parser(prog: Optional[str] = None) -> TrlParser:  # noqa: UP045
 
 
 class _Parser(OneLineErrors, TrlParser):
-    """TRL's parser, whose usage takes some hundred lines."""
+    """TRL's parser, whose usage takes some hundred lines, and whose `--resume_from_checkpoint` takes nothing but a folder."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        (resume,) = (action for action in self._actions if action.dest == "resume_from_checkpoint")
+        resume.nargs, resume.const, resume.type = "?", True, _checkpoint
+        resume.help = "Folder of a checkpoint to go on from; with no folder, the last checkpoint in `output_dir`."
+
+
+def _checkpoint(text: str) -> str | bool:
+    """What `train()` is to go on from: a checkpoint's folder, or whether to take the last one."""
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def main(
@@ -84,12 +98,14 @@ def main(
     that.
 
     Raises:
-        `ValueError`: if no training data is named, or no evaluation data is found where `eval_strategy` asks for it.
+        `ValueError`: if no training data is named, no evaluation data is found where `eval_strategy` asks for it, or
+            there is no checkpoint to go on from.
     """
     from trl import get_peft_config, get_quantization_config
 
     from ..trainer import P2DTrainer
 
+    _check_checkpoint(training_args)
     heads = None if script_args.heads_file is None else read_heads(script_args.heads_file)
     train_dataset, eval_dataset = _training_data(script_args, dataset_args, training_args.eval_strategy != "no")
     target = None
@@ -120,9 +136,23 @@ def main(
         f"saved to {training_args.output_dir}; `p2d report {training_args.output_dir}` tells what was chosen"
     )
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.push_to_hub(dataset_name=_name_on_hub(script_args, dataset_args))
         trainer.accelerator.print(f"pushed to https://huggingface.co/{trainer.hub_model_id}")
     trainer.accelerator.end_training()
+
+
+def _check_checkpoint(args: P2DConfig) -> None:
+    """Look at the checkpoint to go on from before anything is loaded; `train()` reads it when all is there."""
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint is True:
+        checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+        if checkpoint is None:
+            raise ValueError(
+                f"`resume_from_checkpoint`=True, but there is no checkpoint in `output_dir`='{args.output_dir}'. Give the "
+                "folder of one, or leave it out to start anew."
+            )
+    if checkpoint and args.p2d:
+        P2DState.load(checkpoint)
 
 
 def _training_data(
@@ -137,10 +167,10 @@ def _training_data(
     name = script_args.dataset_name
     if name is None:
         raise ValueError("There is no training data: give `dataset_name`, or `datasets` in a recipe.")
-    if with_eval and is_dataset_file(name):
+    if with_eval and is_whole(name):
         raise ValueError(
-            f"`eval_strategy` asks for evaluation data, but `dataset_name`='{name}' is one file. Give it as `datasets` "
-            "with `test_split_size`, or as a folder with splits."
+            f"`eval_strategy` asks for evaluation data, but `dataset_name`='{name}' has no splits. Give a "
+            "folder with a train and a test split, or the file as `datasets` with `test_split_size`."
         )
     splits = (script_args.dataset_train_split, script_args.dataset_test_split if with_eval else None)
     train, test = (
@@ -148,6 +178,12 @@ def _training_data(
         for split in splits
     )
     return train, test
+
+
+def _name_on_hub(script_args: P2DScriptArguments, dataset_args: DatasetMixtureConfig) -> Optional[str]:  # noqa: UP045
+    """The training data's name for the card, which links to it: of a mixture and of what is local there is none."""
+    name = script_args.dataset_name
+    return None if dataset_args.datasets or name is None or is_local(name) else name
 
 
 def run(arguments: list[str], of_p2d: Sequence[str] = ()) -> None:

@@ -1,7 +1,9 @@
 import json
+import shutil
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -76,6 +78,60 @@ def test_a_run_that_did_not_end_gives_its_last_checkpoint(run, tmp_path):
     assert not (tmp_path / "lora" / "tokenizer.json").exists()
     assert main(["export", f"{tmp_path}/run", "--output", f"{tmp_path}/merged", "--format", "merged"]) == 0
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
+
+
+def named_run(folder, run, names=("mine",)):
+    """A run whose adapters have names: PEFT saves each into a folder of its own, and the tokenizer is around them."""
+    config = HeadSparseConfig(heads=HeadSet([(0, 1)]), task_type="CAUSAL_LM", init_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "model"), config, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    model.save_pretrained(run)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "the run's own"
+    tokenizer.save_pretrained(run)
+
+
+@pytest.mark.parametrize("where", ["", "checkpoint-3"])
+@pytest.mark.parametrize("form", ["lora", "merged"])
+def test_an_adapter_that_has_a_name_is_found(where, form, folder, run, tmp_path):
+    named_run(folder, tmp_path / "run" / where)
+    shutil.copytree(run, tmp_path / "run" / where / "lora")  # what is none of the run's own adapters
+    assert main(["export", f"{tmp_path}/run", "--output", f"{tmp_path}/out", "--format", form]) == 0
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    expected = logits(PeftModel.from_pretrained(base, tmp_path / "run" / where / "mine"))
+    base = AutoModelForCausalLM.from_pretrained(folder / "model" if form == "lora" else tmp_path / "out")
+    found = PeftModel.from_pretrained(base, tmp_path / "out") if form == "lora" else base
+    torch.testing.assert_close(logits(found), expected)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "the run's own"
+
+
+def test_of_several_adapters_one_is_to_be_named(folder, tmp_path, capsys):
+    named_run(folder, tmp_path / "run", ("mine", "yours"))
+    assert main(["export", f"{tmp_path}/run", "--output", f"{tmp_path}/out"]) == 2
+    said = capsys.readouterr().err
+    assert f"run' has the adapters mine, yours; give the folder of one, such as '{tmp_path}/run/mine'" in said
+    assert main(["export", f"{tmp_path}/run/yours", "--output", f"{tmp_path}/out"]) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "the run's own"
+
+
+@pytest.mark.parametrize("name", [None, "mine"])
+def test_of_a_run_on_the_hub_no_more_is_fetched_than_is_needed(name, folder, run, tmp_path, monkeypatch):
+    """`snapshot_download` is stood in for by one that copies what the patterns let through, as the Hub's client does."""
+    named_run(folder, tmp_path / "hub") if name else shutil.copytree(run, tmp_path / "hub")
+    for other in ("checkpoint-2", "last-checkpoint", "lora"):
+        shutil.copytree(run, tmp_path / "hub" / other, dirs_exist_ok=True)
+
+    def fetch(repo_id, **patterns):
+        files = [str(path.relative_to(tmp_path / "hub")) for path in (tmp_path / "hub").rglob("*") if path.is_file()]
+        for file in filter_repo_objects(files, **patterns):
+            (tmp_path / "cache" / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(tmp_path / "hub" / file, tmp_path / "cache" / file)
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert main(["export", "user/run", "--output", f"{tmp_path}/out"]) == 0
+    assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == ([name] if name else [])
 
 
 def test_what_cannot_be_exported_is_refused_before_any_work(folder, run, tmp_path, capsys):

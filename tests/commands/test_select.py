@@ -53,3 +53,21 @@ def test_an_existing_output_is_an_error_before_any_work(folder, capsys):
     command = ["select", "--model", "no-such-model", "--pool", "no.jsonl", "--output", f"{folder}/there"]
     assert main(command) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--output", "out.jsonl", "--plot", "scores.png"], "'scores.png' exists already; give another name"),
+        (["--output", "out.svg", "--plot", "./out.svg"], "--plot 'out.svg' is where --output 'out.svg' is to be"),
+        (["--output", "out", "--cache-dir", "out/cache"], "--cache-dir 'out/cache' is where --output 'out' is to be"),
+    ],
+)
+def test_places_that_are_taken_are_told_before_any_work(options, message, folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "scores.png").write_text("precious")
+    monkeypatch.chdir(tmp_path)
+    model = ["--model", f"{folder}/model", "--dtype", "float32"]
+    assert main(["select", *model, "--pool", f"{folder}/pool.jsonl", "--scorer", "random", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.png"]
+    assert (tmp_path / "scores.png").read_text() == "precious"

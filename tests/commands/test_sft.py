@@ -9,9 +9,11 @@ from peft import PeftConfig
 from p2d_peft import HeadSet, HeadSparseConfig
 from p2d_peft import trainer as trainer_module
 from p2d_peft.cli import main
-from p2d_peft.commands import launch
+from p2d_peft.commands import launch, sft
 from p2d_peft.commands.common import read_heads
+from p2d_peft.efficiency import StageCosts
 from p2d_peft.report import P2DReport
+from p2d_peft.trainer.state import P2DState
 
 from ..tiny_data import prompt_completion
 
@@ -116,7 +118,7 @@ def test_what_a_trainer_takes_is_passed_on(recipe, folder, given, tmp_path):
         prompt_completion(n).to_json(tmp_path / "data" / f"{split}.jsonl")
     flags = ["--dataset_name", f"{tmp_path}/data", "--dataset_streaming", "--eval_strategy", "steps"]
     flags += ["--load_in_4bit", "--use_bnb_nested_quant", "--dtype", "bfloat16", "--attn_implementation", "eager"]
-    flags += ["--push_to_hub", "--resume_from_checkpoint", "checkpoint-1"]
+    flags += ["--push_to_hub"]
     assert main(["sft", "--config", recipe, *flags]) == 0
     kwargs = given.kwargs
     assert kwargs["model"] == f"{folder}/model" and kwargs["heads"] is None and kwargs["peft_config"] is None
@@ -132,19 +134,98 @@ def test_what_a_trainer_takes_is_passed_on(recipe, folder, given, tmp_path):
     assert len(kwargs["target_dataset"]) == 6
     calls = [(name, kwargs) for name, _, kwargs in given.calls if name != "print"]
     assert calls == [
-        ("train", {"resume_from_checkpoint": "checkpoint-1"}),
+        ("train", {"resume_from_checkpoint": None}),
         ("save_model", {}),
         ("log_metrics", {}),
-        ("push_to_hub", {"dataset_name": f"{tmp_path}/data"}),
+        ("push_to_hub", {"dataset_name": None}),  # a local folder, which nobody finds on the Hub
         ("end_training", {}),
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [("trl-lib/Capybara", "trl-lib/Capybara"), ("saved", None), ("pool.jsonl", None), ("moved-away.parquet", None)],
+)
+def test_the_card_names_what_is_on_the_hub(name, named, recipe, given, tmp_path, monkeypatch):
+    prompt_completion(4).save_to_disk(tmp_path / "saved")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sft, "read_dataset", lambda *_: prompt_completion(4))
+    assert main(["sft", "--config", recipe, "--push_to_hub", "--dataset_name", name]) == 0
+    assert ("push_to_hub", (), {"dataset_name": named}) in given.calls
+
+
+def test_the_card_of_a_mixture_names_no_other_dataset(recipe, folder, given):
+    with open(recipe, "a") as file:
+        file.write(f"datasets: [{{path: json, data_files: {folder}/pool.jsonl}}]\n")
+    assert main(["sft", "--config", recipe, "--push_to_hub", "--dataset_name", "trl-lib/Capybara"]) == 0
+    assert ("push_to_hub", (), {"dataset_name": None}) in given.calls
+
+
+def test_a_folder_of_one_dataset_has_no_rows_to_evaluate_on(recipe, given, tmp_path, capsys):
+    prompt_completion(8).save_to_disk(tmp_path / "saved")
+    flags = ["--dataset_name", f"{tmp_path}/saved", "--eval_strategy", "steps"]
+    assert main(["sft", "--config", recipe, *flags]) == 2
+    assert "saved' has no splits. Give a folder with a train and a test split" in capsys.readouterr().err
+    assert not given.kwargs
+    assert main(["sft", "--config", recipe, *flags[:2]]) == 0
+    assert len(given.kwargs["train_dataset"]) == 8 and given.kwargs["eval_dataset"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dataset_train_split", "nonexistent[:3]"], "pool.jsonl' has no split 'nonexistent[:3]'"),
+        (["--dataset_config", "zzz"], "pool.jsonl' has no configurations, got 'zzz'"),
+        (["--target_dataset_split", "test"], "target.parquet' has no split 'test'"),
+        (["--target_dataset_config", "zzz"], "target.parquet' has no configurations, got 'zzz'"),
+    ],
+)
+def test_what_a_file_lacks_is_not_passed_over(flags, message, recipe, given, capsys):
+    assert main(["sft", "--config", recipe, *flags]) == 2
+    assert message in capsys.readouterr().err and not given.kwargs
+
+
+@pytest.mark.parametrize(
+    ("line", "flags", "passed_on"),
+    [
+        ("", ["--resume_from_checkpoint"], True),
+        ("", ["--resume_from_checkpoint", "true"], True),
+        ("", ["--resume_from_checkpoint", "True"], True),
+        ("", ["--resume_from_checkpoint", "out/checkpoint-1"], "out/checkpoint-1"),
+        ("resume_from_checkpoint: true", [], True),
+        ("resume_from_checkpoint: 'true'", [], True),
+        ("resume_from_checkpoint: true", ["--resume_from_checkpoint", "false"], False),
+    ],
+)
+def test_training_goes_on_from_the_last_checkpoint_or_a_named_one(
+    line, flags, passed_on, recipe, given, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    P2DState(None, None).save("out/checkpoint-1", StageCosts())
+    with open(recipe, "a") as file:
+        file.write(line)
+    assert main(["sft", *flags, "--config", recipe]) == 0
+    assert given.calls[0] == ("train", (), {"resume_from_checkpoint": passed_on})
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["no"], "`resume_from_checkpoint`='no' has no p2d_state.json"),
+        ([], "out'. Give the folder of one, or leave it out to start anew"),
+        (["--no_p2d"], "out'. Give the folder of one, or leave it out to start anew"),
+    ],
+)
+def test_a_checkpoint_that_is_not_there_is_told_before_any_work(flags, message, recipe, given, capsys):
+    assert main(["sft", "--config", recipe, "--resume_from_checkpoint", *flags]) == 2
+    assert message in capsys.readouterr().err and not given.kwargs
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
         ("dataset_name: null", "There is no training data: give `dataset_name`"),
-        ("eval_strategy: epoch", r"pool.jsonl' is one file. Give it as `datasets` with `test_split_size`"),
+        ("eval_strategy: epoch", r"pool.jsonl' has no splits. Give a folder with a train and a test split"),
         ("eval_strategy: epoch\ndatasets: [{path: json, data_files: FOLDER/pool.jsonl}]", "give `test_split_size`"),
         ("heads_ratio: 0.5", "Neither `p2d sft` nor `accelerate launch` knows --heads_ratio"),
         ("heads_file: no.json", "There is no file 'no.json' to read heads from; `p2d heads` writes one"),
