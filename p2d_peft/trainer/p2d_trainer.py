@@ -45,7 +45,7 @@ from .reference import count_tokens
 from .reporting import make_report, report_metrics
 from .run_estimate import RunEstimate
 from .saved_files import load_head_scores, save_beside_model, save_heads
-from .state import P2DState
+from .state import P2DState, digest_of_rows
 from .tokenized import tokenized
 
 
@@ -307,8 +307,8 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             state, costs = P2DState.load(checkpoint)
             self._clock.set(costs)
             if self._p2d_state is None:
-                self.head_scores = load_head_scores(checkpoint)
                 self._start_from(state)
+                self.head_scores = load_head_scores(checkpoint)
         elif self._p2d_state is None:
             check_optimizer_is_there(self)
             with no_bars() if self.args.disable_tqdm else nullcontext():
@@ -352,6 +352,13 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
                 "pass the same dataset to resume."
             )
         selected = pool if state.rows is None else rows_of(pool, state.rows)
+        digest = digest_of_rows(selected)
+        if None not in (digest, state.rows_digest) and digest != state.rows_digest:
+            raise ValueError(
+                "The checkpoint's rows were selected from another `train_dataset`: in this one the rows of the same numbers "
+                "hold other tokens. To resume, pass the same dataset in the same order, tokenized in the same way."
+            )
+        state.rows_digest = digest or state.rows_digest
         if state.selected_tokens is None and state.rows is not None:
             state.selected_tokens = count_tokens(tokenized(self, selected))
         if self.args.packing and not self._skip_prepare_dataset:

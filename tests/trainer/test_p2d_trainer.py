@@ -265,6 +265,21 @@ def test_resuming_with_another_pool_or_checkpoint_is_refused(tmp_path):
         trainer(tmp_path / "empty").train(resume_from_checkpoint=True)
 
 
+def test_resuming_with_the_pool_in_another_order_is_refused(tmp_path):
+    changes = {"save_strategy": "epoch", "reference_steps": 0, "localize_method": "random"}
+    trainer(tmp_path, changes=changes).train()
+    other = trainer(tmp_path, pool=prompt_completion(32).shuffle(seed=2), changes=changes)
+    with pytest.raises(
+        ValueError, match=r"selected from another `train_dataset`.* pass the same dataset in the same order"
+    ):
+        other.train(resume_from_checkpoint=True)
+    assert (other.heads, other.head_scores) == (None, None) and not isinstance(other.model, PeftModel)
+    # earlier versions did not write down what the rows are
+    path = tmp_path / "checkpoint-8" / "p2d_state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rows_digest": None}))
+    other.train(resume_from_checkpoint=True)
+
+
 def test_a_second_training_goes_on_with_the_same_rows_and_weights(tmp_path, monkeypatch):
     run = trainer(tmp_path)
     run.train()
