@@ -80,10 +80,7 @@ def choose(trainer: P2DTrainer) -> P2DState:
             logger.info("Localized %d heads by %s: %r", len(heads), method, heads)
         if selects:
             with trainer._clock.stage("select"):
-                if trainer.selector is None:
-                    target = draw_target(trainer, pool) if target is None else target
-                    trainer.selector = make_selector(trainer, scored_by, target)
-                selector = trainer.selector
+                trainer.selector = selector = _selector(trainer, scored_by, target, pool)
             with trainer._clock.stage("select", selector.engine.model):
                 selector.select(raw_where_another_tokenizer_reads(selector, trainer, pool))
     n_tokens = count_tokens(pool) if isinstance(pool, Dataset) else None
@@ -175,6 +172,13 @@ def _heads_to_train(scores: HeadScores, args: P2DConfig) -> HeadSet:
 def _bounds(args: P2DConfig) -> dict[str, Any]:
     # evenly over these layers, as far as their number allows it
     return {"per_layer": args.heads_per_layer or "even", "per_group": args.heads_per_group}
+
+
+def _selector(trainer: P2DTrainer, heads: HeadSet | None, target: Dataset | None, pool: Any) -> P2DDataSelector:
+    """The user's selector or a new one: that of an attempt that failed is of what the arguments were then."""
+    if trainer._given_selector is not None:
+        return trainer._given_selector
+    return make_selector(trainer, heads, draw_target(trainer, pool) if target is None else target)
 
 
 def make_selector(trainer: P2DTrainer, heads: HeadSet | None, target: Dataset) -> P2DDataSelector:

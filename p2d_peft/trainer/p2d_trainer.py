@@ -141,7 +141,7 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         self.wants_heads = False
         self.heads: HeadSet | None = None
         self.head_scores: HeadScores | None = None
-        self.selector = selector
+        self.selector = self._given_selector = selector
         self.report: P2DReport | None = None
         self.target_dataset = target_dataset
         self._head_sparse_config: HeadSparseConfig | None = None
@@ -298,6 +298,11 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
                 return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             with self._clock.stage("train", tokens=self._trained_tokens):
                 return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        if self._p2d_state is None:
+            if self._head_sparse_config is None:
+                check_optimizer(self.optimizer, self.model)
+            else:
+                self.drop_early_optimizer()
         if resume_from_checkpoint:
             checkpoint = resume_from_checkpoint
             if checkpoint is True:
@@ -363,7 +368,6 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             state.selected_tokens = count_tokens(tokenized(self, selected))
         if self.args.packing and not self._skip_prepare_dataset:
             selected = super()._prepare_dataset(selected, self.processing_class, self.args, True, None, "selected")
-        self.heads = state.heads
         if self._head_sparse_config is not None:
             assert state.heads is not None
             self.model = attach(self.model, self._head_sparse_config, state.heads, self.args)
@@ -372,9 +376,8 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
                 self.maybe_activation_offload_context.update_model_params(self.model)
             if not (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
                 self.add_callback(BackwardEndsAtLowestHead)
-        check_optimizer(self.optimizer, self.model)
-        self.train_dataset = selected
-        self._p2d_state = state
+        # only now: what went wrong before leaves a trainer that can be trained again
+        self.heads, self.train_dataset, self._p2d_state = state.heads, selected, state
 
     @property
     def pad_token_id(self) -> int:

@@ -490,6 +490,20 @@ def test_the_model_is_what_it_was_after_an_exception_in_a_stage(stage, tmp_path,
     assert run.report is not None
 
 
+def test_a_second_attempt_is_made_with_the_arguments_of_now(tmp_path, monkeypatch):
+    run = trainer(tmp_path, changes={"max_steps": 1, "reference_steps": 0})
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(P2DDataSelector, "select", out_of_memory)
+        run.train()
+    run.args.per_device_eval_batch_size, run.args.data_ratio, run.args.scorer = 1, 0.25, "perplexity"
+    run.train()
+    assert run.selector.engine.batch_size == 1 and run.report.scorer == "perplexity" and len(run.train_dataset) == 8
+
+
+def out_of_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
 class _FailingOptimizer(torch.optim.SGD):
     def step(self, closure=None):
         super().step(closure)
@@ -505,15 +519,12 @@ def test_a_reference_of_another_pool_is_told_of_before_any_stage(tmp_path, monke
 
 
 def test_a_reference_that_does_not_fit_is_reported_and_left_out(tmp_path, monkeypatch, caplog):
-    def out_of_memory(*args, **kwargs):
-        raise torch.OutOfMemoryError("out of memory")
-
     monkeypatch.setattr("p2d_peft.trainer.reference.estimate_reference", out_of_memory)
     run = trainer(tmp_path)
     with caplog.at_level("WARNING", logger="p2d_peft"):
         run.train()
     assert run.report.aer is None
-    assert "could not be estimated, so there will be no AER: out of memory" in caplog.text
+    assert "could not be estimated, so there will be no AER: CUDA out of memory" in caplog.text
 
 
 def test_bad_arguments_are_errors_of_the_constructor(tmp_path):
