@@ -59,16 +59,18 @@ def choose(trainer: P2DTrainer) -> P2DState:
             here,
             there,
         )
-    pool = tokenized(trainer, trainer.train_dataset)
+    selects = trainer._given_selector is not None or args.data_ratio < 1
+    trainer._clock.set(StageCosts())  # without those of an attempt that failed
+    # a collator or transform of the user's is run on the whole pool so that its rows can be scored
+    with trainer._clock.stage("select") if selects else nullcontext():
+        pool = tokenized(trainer, trainer.train_dataset)
     # a stream's numbers are known once it was read
     n_rows = len(pool) if isinstance(pool, Dataset) else None
     check_reference(trainer, n_rows)
     check_datasets(trainer, pool)
-    selects = trainer.selector is not None or args.data_ratio < 1
     heads = scored_by = trainer.heads
     method = None
     target: Dataset | None = None
-    trainer._clock.set(StageCosts())  # without those of an attempt that failed
     with trainer.accelerator.autocast(), _without_virtual_tokens(trainer.model):
         if heads is None and trainer.wants_heads:
             with trainer._clock.stage("localize", trainer.model):

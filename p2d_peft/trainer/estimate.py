@@ -73,7 +73,9 @@ def estimate_run(trainer: P2DTrainer) -> RunEstimate:
         )
     start = time.perf_counter()
     check_reference(trainer, len(trainer.train_dataset))  # one that will not do is told of first
+    began = time.perf_counter()
     pool = tokenized(trainer, trainer.train_dataset)
+    tokenizing = time.perf_counter() - began  # by a collator of the user's, in each process
     target = draw_target(trainer, pool)
     n_tokens = count_tokens(pool)
     heads = scored_by = trainer.heads
@@ -93,7 +95,7 @@ def estimate_run(trainer: P2DTrainer) -> RunEstimate:
                 selector = trainer._given_selector or make_selector(trainer, scored_by, target)
                 rows = raw_where_another_tokenizer_reads(selector, trainer, pool)
                 scoring, peaks["select"] = _watched(lambda: selector.estimate(rows))
-                seconds["select"] = scoring.seconds / args.world_size
+                seconds["select"] = tokenizing + scoring.seconds / args.world_size
                 selected_rows = _number_of_rows(selector, len(pool), n_tokens)
                 selected_tokens = n_tokens * selected_rows / len(pool)
         steps_per_epoch = steps_of_an_epoch(args, selected_rows, selected_tokens)

@@ -381,9 +381,12 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
 
     @property
     def pad_token_id(self) -> int:
-        """What batches are padded with; `SFTTrainer` has seen to it that the tokenizer has a padding token."""
-        token_id: int = self._tokenizer.pad_token_id
-        return token_id
+        """
+        What batches are padded with, behind a mask, so that any token will do. `SFTTrainer` has seen to it that the tokenizer
+        has a padding token, but where the user's collator pads.
+        """
+        token_ids: tuple[int | None, ...] = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id)
+        return next((token_id for token_id in token_ids if token_id is not None), 0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_runtime" in logs and "train" in self._clock.costs.seconds:
