@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset
+from transformers.trainer_utils import find_executable_batch_size
 
 from ..efficiency import StageCosts
 from ..heads import HeadScores, HeadSet, localize_heads
@@ -18,6 +19,7 @@ from ..model_state import model_device
 from ..selection import P2DDataSelector
 from ..selection.policies import RoundRobin
 from ..selection.pool import dataset_of
+from ..selection.progress import quiet_datasets
 from ..selection.selector import needs_heads, scores_per_target
 from .added_tokens import vocabulary
 from .arguments import changed
@@ -129,24 +131,53 @@ def _note_selection(trainer: P2DTrainer, state: P2DState, selector: P2DDataSelec
 
 
 def draw_target(trainer: P2DTrainer, pool: Dataset | IterableDataset) -> Dataset:
-    """At most `target_samples` samples of the task, drawn with the run's seed."""
+    """
+    At most `target_samples` samples of the task, drawn with the run's seed.
+
+    Raises:
+        `ValueError`: if `max_length` leaves nothing that counts of those drawn from a pool that is to be packed.
+    """
     given = trainer.target_dataset
     target = pool if given is None else tokenized(trainer, given)
     count, seed = trainer.args.target_samples, trainer.args.seed
     if isinstance(target, IterableDataset):
-        drawn = target.shuffle(seed=seed, buffer_size=STREAM_BUFFER).take(count)
-        return dataset_of(list(drawn), target)
-    return target.shuffle(seed=seed).select(range(min(count, len(target))))
+        drawn = dataset_of(list(target.shuffle(seed=seed, buffer_size=STREAM_BUFFER).take(count)), target)
+    else:
+        drawn = target.shuffle(seed=seed).select(range(min(count, len(target))))
+    if given is None and trainer.args.packing and not trainer._skip_prepare_dataset:
+        return _cut(trainer, drawn)
+    return drawn
+
+
+def _cut(trainer: P2DTrainer, drawn: Dataset) -> Dataset:
+    """Rows of a pool that keeps their whole length until it is packed, cut to `max_length` as a given target is."""
+    args = changed(trainer.args, shuffle_dataset=False)
+    with quiet_datasets():
+        # leaves out rows of which nothing counts any more
+        cut: Dataset = trainer._prepare_dataset(drawn, trainer.processing_class, args, False, None, "target")
+    if not len(cut):
+        raise ValueError(
+            f"None of the {len(drawn)} rows drawn from `train_dataset` as samples of the task has a token that counts "
+            f"within `max_length`={args.max_length}. Give a `target_dataset`, or a larger `max_length`."
+        )
+    return cut
 
 
 def _localize(trainer: P2DTrainer, target: Dataset) -> HeadScores:
     args = trainer.args
-    scores = localize_heads(
-        trainer.model,
-        training_batches(target, args.per_device_train_batch_size, trainer.pad_token_id),
-        method=args.localize_method or default_method(trainer.model),
-        seed=args.seed,
-    )
+
+    def with_batches_of(batch_size: int) -> HeadScores:
+        return localize_heads(
+            trainer.model,
+            training_batches(target, batch_size, trainer.pad_token_id),
+            method=args.localize_method or default_method(trainer.model),
+            seed=args.seed,
+        )
+
+    # as the training does where memory runs out
+    scores = find_executable_batch_size(
+        with_batches_of, args.per_device_train_batch_size, auto_find_batch_size=args.auto_find_batch_size
+    )()
     # On unlike hardware, or with kernels whose sums come in any order, ranks would not agree on the last digit.
     shared: HeadScores = broadcast_object_list([scores])[0]
     return shared

@@ -4,6 +4,7 @@ import time
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainingArguments
 from transformers.utils import logging
@@ -16,7 +17,7 @@ from p2d_peft.trainer import arguments, choosing
 
 from ..model_checks import assert_unchanged, snapshot
 from ..tiny_data import KINDS, prompt_completion, text
-from ..tiny_models import FEW, tiny_model, tiny_tokenizer
+from ..tiny_models import FEW, LAYOUTS, tiny_model, tiny_tokenizer
 from .plain_sft import assert_trains_as, plain_sft
 
 
@@ -352,6 +353,43 @@ def test_rows_are_chosen_as_samples_and_packed_afterwards(tmp_path):
     assert run.report.selected_rows == 16 and run.report.pool_rows == 32
     lengths = [len(ids) for ids in run.train_dataset["input_ids"]]
     assert sum(lengths) == run.report.selected_tokens and set(lengths[:-1]) == {40}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_target_drawn_from_rows_to_pack_is_cut(streamed, tmp_path):
+    pool = Dataset.from_dict({"text": ["abc de " * n for n in (3, 40) * 8]})
+    args = config(tmp_path, packing=True, packing_strategy="wrapped", max_length=30, max_steps=1)
+    model, lengths = LAYOUTS["gpt2"].model(), []  # which has 64 positions
+    run = P2DTrainer(
+        model,
+        args,
+        train_dataset=pool.to_iterable_dataset() if streamed else pool,
+        processing_class=tiny_tokenizer(),
+    )
+    assert max(len(row["input_ids"]) for row in run.train_dataset) > 64
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    run.train()
+    assert max(lengths) == 30 and run.head_scores.n_samples == 16
+
+
+def test_of_a_target_drawn_from_rows_to_pack_only_what_counts_is_taken(tmp_path):
+    rows = [{"prompt": "abc " * n, "completion": "de"} for n in (3, 40) * 8]
+    changes = {"packing": True, "max_length": 20, "max_steps": 1, "reference_steps": 0}
+
+    def run(pool):
+        return P2DTrainer(
+            tiny_model(), config(tmp_path, **changes), train_dataset=pool, processing_class=tiny_tokenizer()
+        )
+
+    some = run(Dataset.from_list(rows))
+    some.train()
+    assert some.head_scores.n_samples == 8
+    with pytest.raises(
+        ValueError, match=r"None of the 8 rows drawn from `train_dataset`.* `max_length`=20. Give a `target_d"
+    ):
+        run(Dataset.from_list(rows[1::2])).train()
 
 
 def test_another_adapter_is_trained_as_it_is_on_the_selected_rows(tmp_path):
