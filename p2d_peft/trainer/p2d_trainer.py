@@ -13,12 +13,13 @@ from typing import Any
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from trl import SFTTrainer
 
 from ..argument_checks import check_type
 from ..efficiency import StageClock, StageCosts
-from ..files import check_writable
+from ..files import check_writable, replacing
 from ..heads import HeadScores, HeadSet, ModelGeometry
 from ..heads.localize import needs_weights
 from ..model_checks import check_runnable
@@ -32,7 +33,7 @@ from ..selection.selector import needs_heads
 from ..tuners import HeadSparseConfig
 from .added_tokens import brings_tokens, learn_tokens, load_processing_class, vocabulary
 from .arguments import as_p2d_config, changed
-from .checks import check_attention, check_optimizer, check_optimizer_is_there, check_sharding
+from .checks import check_attention, check_optimizer, check_optimizer_is_there, check_sharding, check_trainable
 from .choosing import choose, scores_folder
 from .config import P2DConfig
 from .data_checks import ARGUMENTS
@@ -160,6 +161,8 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             if args.should_save:
                 check_writable(Path(args.output_dir, REPORT_NAME))
             self._head_sparse_config = self._deferred_config(given, heads)
+            if self._head_sparse_config is None and given.get("peft_config") is None:
+                check_trainable(model)
             self.wants_heads = self._head_sparse_config is not None or (
                 selector is None and args.data_ratio < 1 and needs_heads(args.scorer)
             )
@@ -284,7 +287,7 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         """
         with explained_interruption(self) if self.args.p2d else nullcontext():
             output = self._choose_and_train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        self.save_state()  # `p2d report` draws its log; the checkpoints' end before the training does
+        self._save_log()
         return output
 
     def _choose_and_train(
@@ -407,6 +410,16 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         except OSError as error:  # the trained weights are worth more, and not saved yet
             logger.warning("The report is in `trainer.report` alone. %s", error)
 
+    def _save_log(self) -> None:
+        """Save what `save_state` does: `p2d report` draws the log, and the checkpoints' end before the training does."""
+        if not self.args.should_save:
+            return
+        try:
+            with replacing(Path(self.args.output_dir, TRAINER_STATE_NAME)) as temporary:
+                self.state.save_to_json(str(temporary))
+        except (OSError, TypeError, ValueError) as error:  # a callback may log what is not for JSON
+            logger.warning("The training's log is in `trainer.state` alone: %s", error)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
@@ -419,7 +432,8 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Write `README.md` and, of a P2D run, the head map into `output_dir`; see [`~trl.SFTTrainer`]."""
-        with self._clock.paused():
+        # `push_to_hub` and callbacks call this on the main process alone, where waiting for the others would never end
+        with self._clock.paused(everyone=False):
             super().create_model_card(model_name, dataset_name, tags)
             if self.is_world_process_zero():
                 complete_model_card(self, model_name)
