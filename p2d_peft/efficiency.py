@@ -131,12 +131,18 @@ class StageClock:
                 self._charged = costs
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Context that is charged to no stage, whatever stage is running."""
+    def paused(self, everyone: bool = True) -> Iterator[None]:
+        """
+        Context that is charged to no stage, whatever stage is running.
+
+        Args:
+            everyone (`bool`, *optional*, defaults to `True`): Whether all processes come here, and wait for one another at
+                both ends. With `False`, what only one of them does is not charged there.
+        """
         if self._is_paused or not self._running:
             yield
             return
-        settle()
+        settle(everyone)
         start = time.perf_counter()
         self._is_paused, completed = True, False
         for running in self._running.values():
@@ -145,7 +151,7 @@ class StageClock:
             yield
             completed = True
         finally:
-            settle(everyone=completed)
+            settle(everyone=everyone and completed)
             self._is_paused = False
             pause = time.perf_counter() - start
             for running in self._running.values():

@@ -171,6 +171,16 @@ def test_costs_of_all_processes_come_together(monkeypatch):
         raise RuntimeError("boom")
 
 
+def test_a_pause_of_one_process_waits_for_no_other(monkeypatch):
+    watch, group, clock = Time(monkeypatch), Processes(monkeypatch, [{"train": 1}]), StageClock()
+    with clock.stage("train"):
+        with clock.paused(everyone=False):
+            watch.now += 100
+        assert group.waits == 1
+        watch.now += 2
+    assert clock.costs.seconds == {"train": 2}
+
+
 def test_nobody_waits_where_something_went_wrong(monkeypatch):
     group, clock = Processes(monkeypatch), StageClock()
     with pytest.raises(RuntimeError, match="boom"), clock.stage("train"):

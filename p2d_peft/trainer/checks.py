@@ -105,6 +105,20 @@ def check_optimizer_is_there(trainer: P2DTrainer) -> None:
             raise
 
 
+def check_trainable(model: Any) -> None:
+    """
+    Check that a `PeftModel` that is to be trained as it is can be.
+
+    Raises:
+        `ValueError`: if none of its weights requires a gradient.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"`model` is a {type(model).__name__} without a weight to train: none requires a gradient. Load its adapter "
+            "with `PeftModel.from_pretrained(..., is_trainable=True)`."
+        )
+
+
 def check_optimizer(optimizer: torch.optim.Optimizer | None, model: Any) -> None:
     """
     Check that an optimizer made by hand holds what will be trained.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset
+from transformers.trainer_utils import find_executable_batch_size
 
 from ..efficiency import StageCosts
 from ..heads import HeadScores, HeadSet, localize_heads
@@ -18,6 +19,7 @@ from ..model_state import model_device
 from ..selection import P2DDataSelector
 from ..selection.policies import RoundRobin
 from ..selection.pool import dataset_of
+from ..selection.progress import quiet_datasets
 from ..selection.selector import needs_heads, scores_per_target
 from .added_tokens import vocabulary
 from .arguments import changed
@@ -59,16 +61,18 @@ def choose(trainer: P2DTrainer) -> P2DState:
             here,
             there,
         )
-    pool = tokenized(trainer, trainer.train_dataset)
+    selects = trainer._given_selector is not None or args.data_ratio < 1
+    trainer._clock.set(StageCosts())  # without those of an attempt that failed
+    # a collator or transform of the user's is run on the whole pool so that its rows can be scored
+    with trainer._clock.stage("select") if selects else nullcontext():
+        pool = tokenized(trainer, trainer.train_dataset)
     # a stream's numbers are known once it was read
     n_rows = len(pool) if isinstance(pool, Dataset) else None
     check_reference(trainer, n_rows)
     check_datasets(trainer, pool)
-    selects = trainer.selector is not None or args.data_ratio < 1
     heads = scored_by = trainer.heads
     method = None
     target: Dataset | None = None
-    trainer._clock.set(StageCosts())  # without those of an attempt that failed
     with trainer.accelerator.autocast(), _without_virtual_tokens(trainer.model):
         if heads is None and trainer.wants_heads:
             with trainer._clock.stage("localize", trainer.model):
@@ -80,10 +84,7 @@ def choose(trainer: P2DTrainer) -> P2DState:
             logger.info("Localized %d heads by %s: %r", len(heads), method, heads)
         if selects:
             with trainer._clock.stage("select"):
-                if trainer.selector is None:
-                    target = draw_target(trainer, pool) if target is None else target
-                    trainer.selector = make_selector(trainer, scored_by, target)
-                selector = trainer.selector
+                trainer.selector = selector = _selector(trainer, scored_by, target, pool)
             with trainer._clock.stage("select", selector.engine.model):
                 selector.select(raw_where_another_tokenizer_reads(selector, trainer, pool))
     n_tokens = count_tokens(pool, args) if isinstance(pool, Dataset) else None
@@ -138,24 +139,53 @@ def _note_selection(trainer: P2DTrainer, state: P2DState, selector: P2DDataSelec
 
 
 def draw_target(trainer: P2DTrainer, pool: Dataset | IterableDataset) -> Dataset:
-    """At most `target_samples` samples of the task, drawn with the run's seed."""
+    """
+    At most `target_samples` samples of the task, drawn with the run's seed.
+
+    Raises:
+        `ValueError`: if `max_length` leaves nothing that counts of those drawn from a pool that is to be packed.
+    """
     given = trainer.target_dataset
     target = pool if given is None else tokenized(trainer, given)
     count, seed = trainer.args.target_samples, trainer.args.seed
     if isinstance(target, IterableDataset):
-        drawn = target.shuffle(seed=seed, buffer_size=STREAM_BUFFER).take(count)
-        return dataset_of(list(drawn), target)
-    return target.shuffle(seed=seed).select(range(min(count, len(target))))
+        drawn = dataset_of(list(target.shuffle(seed=seed, buffer_size=STREAM_BUFFER).take(count)), target)
+    else:
+        drawn = target.shuffle(seed=seed).select(range(min(count, len(target))))
+    if given is None and trainer.args.packing and not trainer._skip_prepare_dataset:
+        return _cut(trainer, drawn)
+    return drawn
+
+
+def _cut(trainer: P2DTrainer, drawn: Dataset) -> Dataset:
+    """Rows of a pool that keeps their whole length until it is packed, cut to `max_length` as a given target is."""
+    args = changed(trainer.args, shuffle_dataset=False)
+    with quiet_datasets():
+        # leaves out rows of which nothing counts any more
+        cut: Dataset = trainer._prepare_dataset(drawn, trainer.processing_class, args, False, None, "target")
+    if not len(cut):
+        raise ValueError(
+            f"None of the {len(drawn)} rows drawn from `train_dataset` as samples of the task has a token that counts "
+            f"within `max_length`={args.max_length}. Give a `target_dataset`, or a larger `max_length`."
+        )
+    return cut
 
 
 def _localize(trainer: P2DTrainer, target: Dataset) -> HeadScores:
     args = trainer.args
-    scores = localize_heads(
-        trainer.model,
-        training_batches(target, args.per_device_train_batch_size, trainer.pad_token_id),
-        method=args.localize_method or default_method(trainer.model),
-        seed=args.seed,
-    )
+
+    def with_batches_of(batch_size: int) -> HeadScores:
+        return localize_heads(
+            trainer.model,
+            training_batches(target, batch_size, trainer.pad_token_id),
+            method=args.localize_method or default_method(trainer.model),
+            seed=args.seed,
+        )
+
+    # as the training does where memory runs out
+    scores = find_executable_batch_size(
+        with_batches_of, args.per_device_train_batch_size, auto_find_batch_size=args.auto_find_batch_size
+    )()
     # On unlike hardware, or with kernels whose sums come in any order, ranks would not agree on the last digit.
     shared: HeadScores = broadcast_object_list([scores])[0]
     return shared
@@ -183,6 +213,13 @@ def _heads_to_train(scores: HeadScores, args: P2DConfig) -> HeadSet:
 def _bounds(args: P2DConfig) -> dict[str, Any]:
     # evenly over these layers, as far as their number allows it
     return {"per_layer": args.heads_per_layer or "even", "per_group": args.heads_per_group}
+
+
+def _selector(trainer: P2DTrainer, heads: HeadSet | None, target: Dataset | None, pool: Any) -> P2DDataSelector:
+    """The user's selector or a new one: that of an attempt that failed is of what the arguments were then."""
+    if trainer._given_selector is not None:
+        return trainer._given_selector
+    return make_selector(trainer, heads, draw_target(trainer, pool) if target is None else target)
 
 
 def make_selector(trainer: P2DTrainer, heads: HeadSet | None, target: Dataset) -> P2DDataSelector:

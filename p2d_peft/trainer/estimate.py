@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 from datasets import Dataset
 from peft import inject_adapter_in_model
-from torch import nn
 
 from ..heads import HeadSet, localize_heads
 from ..heads.localize import default_method
@@ -23,6 +22,7 @@ from ..selection import P2DDataSelector
 from ..step_times import StepTimes, time_steps
 from ..tuners import HeadSparseConfig
 from .choosing import best_heads, draw_target, make_selector, raw_where_another_tokenizer_reads, scoring_heads
+from .deferred_adapter import modules_to_put_back
 from .reference import (
     check_reference,
     count_tokens,
@@ -74,7 +74,9 @@ def estimate_run(trainer: P2DTrainer) -> RunEstimate:
         )
     start = time.perf_counter()
     check_reference(trainer, len(trainer.train_dataset))  # one that will not do is told of first
+    began = time.perf_counter()
     pool = tokenized(trainer, trainer.train_dataset)
+    tokenizing = time.perf_counter() - began  # by a collator of the user's, in each process
     target = draw_target(trainer, pool)
     n_tokens = count_tokens(pool, args)
     heads = scored_by = trainer.heads
@@ -90,11 +92,11 @@ def estimate_run(trainer: P2DTrainer) -> RunEstimate:
         with trainer.accelerator.autocast():
             if trainer.heads is None and trainer.wants_heads:
                 seconds["localize"], peaks["localize"] = _watched(lambda: _localize_seconds(trainer, target))
-            if trainer.selector is not None or args.data_ratio < 1:
-                selector = trainer.selector or make_selector(trainer, scored_by, target)
+            if trainer._given_selector is not None or args.data_ratio < 1:
+                selector = trainer._given_selector or make_selector(trainer, scored_by, target)
                 rows = raw_where_another_tokenizer_reads(selector, trainer, pool)
                 scoring, peaks["select"] = _watched(lambda: selector.estimate(rows))
-                seconds["select"] = scoring.seconds / args.world_size
+                seconds["select"] = tokenizing + scoring.seconds / args.world_size
                 selected_rows = _number_of_rows(selector, len(pool), n_tokens)
                 selected_tokens = n_tokens * selected_rows / len(pool)
         steps_per_epoch = steps_of_an_epoch(args, selected_rows, selected_tokens)
@@ -158,26 +160,12 @@ def _adapter_on(trainer: P2DTrainer, heads: HeadSet | None) -> Iterator[None]:
         return
     config: HeadSparseConfig = copy.deepcopy(trainer._head_sparse_config)
     config.set_heads(heads)
-    with _kept_modules(trainer.model):
+    put_back = modules_to_put_back(trainer.model)
+    try:
         inject_adapter_in_model(config, trainer.model, _ADAPTER)
         yield
-
-
-@contextmanager
-def _kept_modules(model: nn.Module) -> Iterator[None]:
-    """Context in which PEFT may put modules into a model; on leaving, the very modules that it had are in place."""
-    children = [(module, dict(module.named_children())) for module in model.modules()]
-    configs = vars(model).get("peft_config")  # of adapters that were taken off
-    try:
-        yield
     finally:
-        for module, named in children:
-            for name, child in named.items():
-                if module.get_submodule(name) is not child:
-                    setattr(module, name, child)
-        vars(model).pop("peft_config", None)
-        if configs is not None:
-            model.peft_config = configs
+        put_back()
 
 
 def _localize_seconds(trainer: P2DTrainer, target: Dataset) -> float:

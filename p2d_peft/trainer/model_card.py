@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import is_peft_model
 from huggingface_hub import ModelCard
 from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import HFValidationError
@@ -39,7 +40,7 @@ _MARKUP = re.compile(r"([\\`*_\[\]<>#|~&!$])")
 def complete_model_card(trainer: P2DTrainer, model_name: str | None) -> None:
     """
     Put our card in the place of the one that TRL has just written, and keep its metadata. TRL's stays where it is right:
-    before training, and for a model without P2D in it.
+    before training, for a model without P2D in it, and for one that the adapter was merged into.
 
     Args:
         trainer (`P2DTrainer`): The trainer, on its main process.
@@ -47,7 +48,7 @@ def complete_model_card(trainer: P2DTrainer, model_name: str | None) -> None:
     """
     folder, model = Path(trainer.args.output_dir), trainer.accelerator.unwrap_model(trainer.model)
     state, head_sparse, in_training = trainer._p2d_state, is_head_sparse(model), trainer.is_in_train
-    if state is None and not head_sparse:
+    if not is_peft_model(model) or (state is None and not head_sparse):
         return
     save_heads(folder, model, trainer.heads, trainer.head_scores)  # the card shows them
 

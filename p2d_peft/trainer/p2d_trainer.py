@@ -13,12 +13,13 @@ from typing import Any
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from trl import SFTTrainer
 
 from ..argument_checks import check_type
 from ..efficiency import StageClock, StageCosts
-from ..files import check_writable
+from ..files import check_writable, replacing
 from ..heads import HeadScores, HeadSet, ModelGeometry
 from ..heads.localize import needs_weights
 from ..model_checks import check_runnable
@@ -32,7 +33,7 @@ from ..selection.selector import needs_heads
 from ..tuners import HeadSparseConfig
 from .added_tokens import brings_tokens, learn_tokens, load_processing_class, vocabulary
 from .arguments import as_p2d_config, changed
-from .checks import check_attention, check_optimizer, check_optimizer_is_there, check_sharding
+from .checks import check_attention, check_optimizer, check_optimizer_is_there, check_sharding, check_trainable
 from .choosing import choose, scores_folder
 from .config import P2DConfig
 from .data_checks import ARGUMENTS
@@ -45,7 +46,7 @@ from .reference import count_tokens
 from .reporting import make_report, report_metrics
 from .run_estimate import RunEstimate
 from .saved_files import load_head_scores, save_beside_model, save_heads
-from .state import P2DState
+from .state import P2DState, digest_of_rows
 from .tokenized import tokenized
 
 
@@ -142,7 +143,7 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         self.wants_heads = False
         self.heads: HeadSet | None = None
         self.head_scores: HeadScores | None = None
-        self.selector = selector
+        self.selector = self._given_selector = selector
         self.report: P2DReport | None = None
         self.target_dataset = target_dataset
         self._head_sparse_config: HeadSparseConfig | None = None
@@ -161,6 +162,8 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             if args.should_save:
                 check_writable(Path(args.output_dir, REPORT_NAME))
             self._head_sparse_config = self._deferred_config(given, heads)
+            if self._head_sparse_config is None and given.get("peft_config") is None:
+                check_trainable(model)
             self.wants_heads = self._head_sparse_config is not None or (
                 selector is None and args.data_ratio < 1 and needs_heads(args.scorer)
             )
@@ -285,7 +288,7 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         """
         with explained_interruption(self, resume_from_checkpoint) if self.args.p2d else nullcontext():
             output = self._choose_and_train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        self.save_state()  # `p2d report` draws its log; the checkpoints' end before the training does
+        self._save_log()
         return output
 
     def _choose_and_train(
@@ -299,6 +302,11 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
                 return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             with self._clock.stage("train", tokens=self._trained_tokens):
                 return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        if self._p2d_state is None:
+            if self._head_sparse_config is None:
+                check_optimizer(self.optimizer, self.model)
+            else:
+                self.drop_early_optimizer()
         if resume_from_checkpoint:
             checkpoint = resume_from_checkpoint
             if checkpoint is True:
@@ -308,8 +316,8 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             state, costs = P2DState.load(checkpoint)
             self._clock.set(costs)
             if self._p2d_state is None:
-                self.head_scores = load_head_scores(checkpoint)
                 self._start_from(state)
+                self.head_scores = load_head_scores(checkpoint)
         elif self._p2d_state is None:
             check_optimizer_is_there(self)
             with no_bars() if self.args.disable_tqdm else nullcontext():
@@ -353,11 +361,17 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
                 "pass the same dataset to resume."
             )
         selected = pool if state.rows is None else rows_of(pool, state.rows)
+        digest = digest_of_rows(selected)
+        if None not in (digest, state.rows_digest) and digest != state.rows_digest:
+            raise ValueError(
+                "The checkpoint's rows were selected from another `train_dataset`: in this one the rows of the same numbers "
+                "hold other tokens. To resume, pass the same dataset in the same order, tokenized in the same way."
+            )
+        state.rows_digest = digest or state.rows_digest
         if state.selected_tokens is None and state.rows is not None:
             state.selected_tokens = count_tokens(tokenized(self, selected), self.args)
         if self.args.packing and not self._skip_prepare_dataset:
             selected = super()._prepare_dataset(selected, self.processing_class, self.args, True, None, "selected")
-        self.heads = state.heads
         if self._head_sparse_config is not None:
             assert state.heads is not None
             self.model = attach(self.model, self._head_sparse_config, state.heads, self.args)
@@ -366,15 +380,17 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
                 self.maybe_activation_offload_context.update_model_params(self.model)
             if not (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
                 self.add_callback(BackwardEndsAtLowestHead)
-        check_optimizer(self.optimizer, self.model)
-        self.train_dataset = selected
-        self._p2d_state = state
+        # only now: what went wrong before leaves a trainer that can be trained again
+        self.heads, self.train_dataset, self._p2d_state = state.heads, selected, state
 
     @property
     def pad_token_id(self) -> int:
-        """What batches are padded with; `SFTTrainer` has seen to it that the tokenizer has a padding token."""
-        token_id: int = self._tokenizer.pad_token_id
-        return token_id
+        """
+        What batches are padded with, behind a mask, so that any token will do. `SFTTrainer` has seen to it that the tokenizer
+        has a padding token, but where the user's collator pads.
+        """
+        token_ids: tuple[int | None, ...] = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id)
+        return next((token_id for token_id in token_ids if token_id is not None), 0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_runtime" in logs and "train" in self._clock.costs.seconds:
@@ -395,6 +411,16 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         except OSError as error:  # the trained weights are worth more, and not saved yet
             logger.warning("The report is in `trainer.report` alone. %s", error)
 
+    def _save_log(self) -> None:
+        """Save what `save_state` does: `p2d report` draws the log, and the checkpoints' end before the training does."""
+        if not self.args.should_save:
+            return
+        try:
+            with replacing(Path(self.args.output_dir, TRAINER_STATE_NAME)) as temporary:
+                self.state.save_to_json(str(temporary))
+        except (OSError, TypeError, ValueError) as error:  # a callback may log what is not for JSON
+            logger.warning("The training's log is in `trainer.state` alone: %s", error)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
@@ -407,7 +433,8 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Write `README.md` and, of a P2D run, the head map into `output_dir`; see [`~trl.SFTTrainer`]."""
-        with self._clock.paused():
+        # `push_to_hub` and callbacks call this on the main process alone, where waiting for the others would never end
+        with self._clock.paused(everyone=False):
             super().create_model_card(model_name, dataset_name, tags)
             if self.is_world_process_zero():
                 complete_model_card(self, model_name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -13,6 +14,7 @@ from ..efficiency import Reference, StageCosts
 from ..files import read_json, write_json
 from ..heads import HeadSet
 from ..json_fields import checked_fields
+from .data_checks import _digests
 
 
 STATE_NAME = "p2d_state.json"
@@ -36,6 +38,8 @@ class P2DState:
         selected_tokens (`int`, *optional*): Tokens of the selected rows.
         reference (`Reference`, *optional*): The reference, if there is one.
         scoring_heads (`HeadSet`, *optional*): The heads that scored the rows; None if the scorer needs none.
+        rows_digest (`str`, *optional*): What the tokens of the rows that are trained on come to, in their order; None where
+            nobody has read them (a stream), and in checkpoints of earlier versions.
     """
 
     heads: HeadSet | None
@@ -48,6 +52,7 @@ class P2DState:
     selected_tokens: int | None = None
     reference: Reference | None = None
     scoring_heads: HeadSet | None = None
+    rows_digest: str | None = None
 
     def save(self, folder: str | Path, costs: StageCosts) -> None:
         """Write the state and the costs of the stages so far into a checkpoint's folder."""
@@ -87,7 +92,7 @@ class P2DState:
 
     @classmethod
     def _of_json(cls, data: Mapping[str, Any]) -> P2DState:
-        data = {"scoring_heads": None, **data}  # not told by checkpoints of earlier versions
+        data = {"scoring_heads": None, "rows_digest": None, **data}  # not told by checkpoints of earlier versions
         reference = data.get("reference")
         sets = {name: data.get(name) for name in ("heads", "scoring_heads")}
         parts = {
@@ -104,6 +109,17 @@ class P2DState:
         if any(a >= b for a, b in pairwise(ascending)):
             raise ValueError(f"'rows' must be ascending numbers of the pool's {state.pool_rows} rows.")
         return state
+
+
+def digest_of_rows(rows: Any) -> str | None:
+    """
+    What the tokens of all rows come to, in their order; None where they are not there to be read.
+
+    Args:
+        rows (`Dataset` or `IterableDataset`): The rows, as a training takes them.
+    """
+    of_rows = b"".join(_digests(rows))
+    return hashlib.blake2b(of_rows, digest_size=16).hexdigest() if of_rows else None
 
 
 def _costs_of_json(data: Mapping[str, Any]) -> StageCosts:

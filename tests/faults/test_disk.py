@@ -5,8 +5,10 @@ import resource
 import signal
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 from peft import get_peft_model
+from transformers import TrainerCallback, TrainerState
 
 from p2d_peft import HeadSparseConfig
 from p2d_peft.dataset_files import write_dataset
@@ -120,3 +122,29 @@ def test_a_folder_that_cannot_be_written_to_is_told_of_before_anything_is_loaded
     with no_forward_pass(), pytest.raises(OSError, match=r"out/p2d_report\.json' could not be written") as raised:
         trainer(tmp_path / "out", model="no/such-model")
     assert raised.value.errno == number and not (tmp_path / "out").exists()
+
+
+class LogsNumpy(TrainerCallback):
+    def on_train_end(self, args, state, control, **kwargs):
+        state.log_history[-1]["mine"] = np.float32(1.5)
+
+
+@pytest.mark.parametrize("p2d", [True, False])
+@pytest.mark.parametrize("why", ["a number that is not JSON's", "a folder in its place", "a full disk"])
+def test_a_trained_model_outlives_a_log_that_cannot_be_written(why, p2d, tmp_path, caplog, monkeypatch):
+    changes = {"max_steps": 1, "reference_steps": 0, "scorer": "random", "p2d": p2d}
+    callbacks = [LogsNumpy()] if "number" in why else []
+    run = trainer(tmp_path, changes=changes, heads=HEADS if p2d else None, callbacks=callbacks)
+    path, save = tmp_path / "trainer_state.json", TrainerState.save_to_json
+
+    def save_on_full_disk(state, path):
+        with full_disk():
+            save(state, path)
+
+    if "folder" in why:
+        path.mkdir()
+    elif "disk" in why:
+        monkeypatch.setattr(TrainerState, "save_to_json", save_on_full_disk)
+    assert run.train().training_loss > 0
+    assert "The training's log is in `trainer.state` alone: " in caplog.text
+    assert not path.is_file() and not list(tmp_path.glob("*.tmp"))

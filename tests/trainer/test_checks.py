@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import integrations
 
 from p2d_peft import HeadSet, P2DTrainer
@@ -66,6 +66,13 @@ def test_under_zero_3_no_skeleton_is_made_of_a_saved_model(tmp_path, monkeypatch
     )
     assert geometry_of_saved(str(tmp_path)) is None
     assert not check_attention(str(tmp_path), config(tmp_path), HeadSet([(0, 1)]))
+
+
+def test_an_adapter_loaded_for_inference_is_refused_at_once(tmp_path):
+    get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"`model` is a PeftModel without a weight to train: .* is_trainable=True"):
+        trainer(tmp_path / "out", model=PeftModel.from_pretrained(tiny_model(), tmp_path))
+    trainer(tmp_path / "out", model=PeftModel.from_pretrained(tiny_model(), tmp_path, is_trainable=True))
 
 
 def test_an_optimizer_must_hold_what_is_trained():

@@ -5,8 +5,9 @@ import pytest
 from p2d_peft import HeadSet, HeadSparseConfig
 from p2d_peft.trainer.deferred_adapter import attach
 
+from ..model_checks import assert_unchanged, snapshot
 from ..tiny_models import tiny_model
-from .test_p2d_trainer import config, trainer
+from .test_p2d_trainer import config, deltas, trainer
 
 
 def test_attaching_leaves_the_users_config_as_it_is(tmp_path):
@@ -17,6 +18,21 @@ def test_attaching_leaves_the_users_config_as_it_is(tmp_path):
         "base_model.model.model.layers.1.self_attn.q_proj.head_sparse_delta.default"
     ]
     assert not model.get_input_embeddings()._forward_hooks  # the backward pass ends at layer 1
+
+
+def test_where_attaching_fails_model_and_trainer_are_what_they_were(tmp_path):
+    adapter = HeadSparseConfig(task_type="CAUSAL_LM", trainable_token_indices={"nowhere": [1]})
+    run = trainer(tmp_path, peft_config=adapter, changes={"max_steps": 1, "reference_steps": 0})
+    before, modules = snapshot(run.model), list(run.model.modules())
+    pool = run.train_dataset
+    with pytest.raises(ValueError, match="nowhere"):
+        run.train()
+    assert_unchanged(run.model, before)
+    assert all(a is b for a, b in zip(modules, run.model.modules(), strict=True))
+    assert run.heads is None and run.train_dataset is pool and "peft_config" not in vars(run.model)
+    adapter.trainable_token_indices = None
+    run.train()
+    assert {name for name, p in run.model.named_parameters() if p.requires_grad} == set(deltas(run.model))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -349,6 +349,23 @@ def test_options_of_sft_trainer_work_as_there(changes, tmp_path):
     assert names <= {"model.embed_tokens"}  # where reentrant checkpoints need an input with a gradient
 
 
+def test_a_batch_size_that_fits_is_found_for_localizing_too(tmp_path):
+    model = tiny_model()
+
+    def has_room_for_two(module, args, kwargs):
+        if kwargs["input_ids"].shape[0] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    model.register_forward_pre_hook(has_room_for_two, with_kwargs=True)
+    changes = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 2, "max_steps": 1}
+    run = trainer(tmp_path, model=model, changes={**changes, "auto_find_batch_size": True})
+    run.train()
+    assert run._train_batch_size == 2 and run.report.localize_method == "proxy"
+    assert run.head_scores.n_samples == 6
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer(tmp_path, model=model, changes=changes).train()
+
+
 @OTHER_LOSSES
 def test_losses_of_ones_own(tmp_path):
     seen = []

@@ -5,8 +5,9 @@ import transformers
 import yaml
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
 
-from p2d_peft import HeadSet, HeadSparseConfig, P2DTrainer
+from p2d_peft import HeadSet, HeadSparseConfig, P2DTrainer, efficiency
 from p2d_peft.trainer.model_card import inline, is_repo_id, link, literal
 
 from ..tiny_data import prompt_completion
@@ -140,6 +141,29 @@ def test_an_adapter_with_a_name_is_loaded_from_its_subfolder(tmp_path):
     code = first_block(card_of(run))
     assert 'subfolder="mine")' in code and 'subfolder="mine/lora")' in code
     assert (tmp_path / "mine" / "lora" / "adapter_config.json").is_file()
+
+
+def test_a_model_that_the_adapter_was_merged_into_keeps_the_card_of_trl(tmp_path):
+    run = trainer(tmp_path)
+    run.train()
+    run.model = run.model.merge_and_unload()
+    run.save_model()
+    text = card_of(run).text
+    assert "This model was trained with P2D" in text and "What was chosen" not in text
+
+
+def test_in_training_a_card_of_one_process_waits_for_no_other(tmp_path, monkeypatch):
+    waited = []
+
+    class MakesCard(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            with monkeypatch.context() as patch:
+                patch.setattr(efficiency, "settle", lambda everyone=True: waited.append(everyone))
+                run.create_model_card()
+
+    run = trainer(tmp_path, callbacks=[MakesCard()])
+    run.train()
+    assert waited == [False, False]
 
 
 @pytest.mark.parametrize("adapter", ["lora", None])

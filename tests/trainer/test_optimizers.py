@@ -90,3 +90,25 @@ def test_an_optimizer_that_is_not_installed_is_told_of_before_any_stage(optim, t
     )
     with pytest.raises((ImportError, ValueError), match=optim.split("_")[0]):
         run.train()
+
+
+def test_an_optimizer_made_before_the_training_is_made_anew(tmp_path):
+    run = short_run(tmp_path)
+    run.create_optimizer_and_scheduler(7)
+    run.train()
+    assert held_by(run.optimizer.optimizer) == trained_by(run.model)
+    assert all((delta != 0).any() for delta in deltas(run.model).values())
+    assert run.lr_scheduler.optimizer in (run.optimizer, run.optimizer.optimizer)
+
+
+def test_an_optimizer_for_other_weights_is_told_of_before_any_stage(tmp_path, monkeypatch):
+    monkeypatch.setattr(choosing, "localize_heads", None)
+    run = trainer(tmp_path)
+    run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.5)
+    with pytest.raises(ValueError, match=r"`trainer\.optimizer` was set to a SGD, .* Pass `optimizer_cls_and_kwargs`"):
+        run.train()
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    first = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    run = trainer(tmp_path, model=model, optimizers=(torch.optim.SGD([first], lr=0.5), None))
+    with pytest.raises(ValueError, match="`optimizers` holds an optimizer that lacks"):
+        run.train()

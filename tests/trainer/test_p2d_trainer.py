@@ -4,6 +4,7 @@ import time
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainingArguments
 from transformers.utils import logging
@@ -16,7 +17,7 @@ from p2d_peft.trainer import arguments, choosing
 
 from ..model_checks import assert_unchanged, snapshot
 from ..tiny_data import KINDS, prompt_completion, text
-from ..tiny_models import FEW, tiny_model, tiny_tokenizer
+from ..tiny_models import FEW, LAYOUTS, tiny_model, tiny_tokenizer
 from .plain_sft import assert_trains_as, plain_sft
 
 
@@ -265,6 +266,21 @@ def test_resuming_with_another_pool_or_checkpoint_is_refused(tmp_path):
         trainer(tmp_path / "empty").train(resume_from_checkpoint=True)
 
 
+def test_resuming_with_the_pool_in_another_order_is_refused(tmp_path):
+    changes = {"save_strategy": "epoch", "reference_steps": 0, "localize_method": "random"}
+    trainer(tmp_path, changes=changes).train()
+    other = trainer(tmp_path, pool=prompt_completion(32).shuffle(seed=2), changes=changes)
+    with pytest.raises(
+        ValueError, match=r"selected from another `train_dataset`.* pass the same dataset in the same order"
+    ):
+        other.train(resume_from_checkpoint=True)
+    assert (other.heads, other.head_scores) == (None, None) and not isinstance(other.model, PeftModel)
+    # earlier versions did not write down what the rows are
+    path = tmp_path / "checkpoint-8" / "p2d_state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rows_digest": None}))
+    other.train(resume_from_checkpoint=True)
+
+
 def test_a_second_training_goes_on_with_the_same_rows_and_weights(tmp_path, monkeypatch):
     run = trainer(tmp_path)
     run.train()
@@ -337,6 +353,43 @@ def test_rows_are_chosen_as_samples_and_packed_afterwards(tmp_path):
     assert run.report.selected_rows == 16 and run.report.pool_rows == 32
     lengths = [len(ids) for ids in run.train_dataset["input_ids"]]
     assert sum(lengths) == run.report.selected_tokens and set(lengths[:-1]) == {40}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_target_drawn_from_rows_to_pack_is_cut(streamed, tmp_path):
+    pool = Dataset.from_dict({"text": ["abc de " * n for n in (3, 40) * 8]})
+    args = config(tmp_path, packing=True, packing_strategy="wrapped", max_length=30, max_steps=1)
+    model, lengths = LAYOUTS["gpt2"].model(), []  # which has 64 positions
+    run = P2DTrainer(
+        model,
+        args,
+        train_dataset=pool.to_iterable_dataset() if streamed else pool,
+        processing_class=tiny_tokenizer(),
+    )
+    assert max(len(row["input_ids"]) for row in run.train_dataset) > 64
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    run.train()
+    assert max(lengths) == 30 and run.head_scores.n_samples == 16
+
+
+def test_of_a_target_drawn_from_rows_to_pack_only_what_counts_is_taken(tmp_path):
+    rows = [{"prompt": "abc " * n, "completion": "de"} for n in (3, 40) * 8]
+    changes = {"packing": True, "max_length": 20, "max_steps": 1, "reference_steps": 0}
+
+    def run(pool):
+        return P2DTrainer(
+            tiny_model(), config(tmp_path, **changes), train_dataset=pool, processing_class=tiny_tokenizer()
+        )
+
+    some = run(Dataset.from_list(rows))
+    some.train()
+    assert some.head_scores.n_samples == 8
+    with pytest.raises(
+        ValueError, match=r"None of the 8 rows drawn from `train_dataset`.* `max_length`=20. Give a `target_d"
+    ):
+        run(Dataset.from_list(rows[1::2])).train()
 
 
 def test_another_adapter_is_trained_as_it_is_on_the_selected_rows(tmp_path):
@@ -475,6 +528,20 @@ def test_the_model_is_what_it_was_after_an_exception_in_a_stage(stage, tmp_path,
     assert run.report is not None
 
 
+def test_a_second_attempt_is_made_with_the_arguments_of_now(tmp_path, monkeypatch):
+    run = trainer(tmp_path, changes={"max_steps": 1, "reference_steps": 0})
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(P2DDataSelector, "select", out_of_memory)
+        run.train()
+    run.args.per_device_eval_batch_size, run.args.data_ratio, run.args.scorer = 1, 0.25, "perplexity"
+    run.train()
+    assert run.selector.engine.batch_size == 1 and run.report.scorer == "perplexity" and len(run.train_dataset) == 8
+
+
+def out_of_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
 class _FailingOptimizer(torch.optim.SGD):
     def step(self, closure=None):
         super().step(closure)
@@ -490,15 +557,12 @@ def test_a_reference_of_another_pool_is_told_of_before_any_stage(tmp_path, monke
 
 
 def test_a_reference_that_does_not_fit_is_reported_and_left_out(tmp_path, monkeypatch, caplog):
-    def out_of_memory(*args, **kwargs):
-        raise torch.OutOfMemoryError("out of memory")
-
     monkeypatch.setattr("p2d_peft.trainer.reference.estimate_reference", out_of_memory)
     run = trainer(tmp_path)
     with caplog.at_level("WARNING", logger="p2d_peft"):
         run.train()
     assert run.report.aer is None
-    assert "could not be estimated, so there will be no AER: out of memory" in caplog.text
+    assert "could not be estimated, so there will be no AER: CUDA out of memory" in caplog.text
 
 
 def test_bad_arguments_are_errors_of_the_constructor(tmp_path):

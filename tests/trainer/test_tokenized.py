@@ -1,11 +1,15 @@
+import time
+
 import pytest
 from datasets import Dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from p2d_peft import HeadSet, P2DTrainer, efficiency
 from p2d_peft.trainer.tokenized import tokenized
 
-from ..tiny_data import prompt_completion
-from .test_p2d_trainer import trainer
+from ..tiny_data import pre_tokenized, prompt_completion
+from ..tiny_models import tiny_model, tiny_tokenizer
+from .test_p2d_trainer import config, trainer
 
 
 class WithoutTheFirstTokens:
@@ -49,6 +53,46 @@ def test_a_transform_is_applied(tmp_path):
     assert tokenized(run, pool)["input_ids"][3] == [5, 6, 10]
     run.train()
     assert len(run.train_dataset) == 6
+
+
+def test_running_ones_own_collator_on_the_pool_is_charged_to_selecting(tmp_path, monkeypatch):
+    collated, real_time = [], time.perf_counter
+
+    class Slow(WithoutTheFirstTokens):
+        def __call__(self, rows):
+            collated.append(1_000.0)
+            return super().__call__(rows)
+
+    monkeypatch.setattr(efficiency.time, "perf_counter", lambda: real_time() + sum(collated))
+    changes = {"max_steps": 1, "reference_steps": 0}
+    run = trainer(tmp_path / "a", data_collator=Slow(), changes=changes)
+    assert 32_000 <= run.estimate().stage_seconds["select"] < 33_000
+    run.train()
+    assert 38_000 <= sum(run.report.stage_seconds[stage] for stage in ("localize", "select")) < 39_000
+    assert run.report.stage_seconds["select"] >= 32_000
+    run = trainer(
+        tmp_path / "b", data_collator=Slow(), heads=HeadSet([(0, 1)]), changes={**changes, "data_ratio": 1.0}
+    )
+    run.train()
+    assert set(run.report.stage_seconds) == {"train"}
+
+
+@pytest.mark.parametrize("has_end", [True, False])
+def test_a_collator_of_ones_own_needs_no_padding_token(has_end, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    if not has_end:
+        tokenizer.eos_token = None
+    run = P2DTrainer(
+        tiny_model(),
+        config(tmp_path, max_steps=1),
+        train_dataset=pre_tokenized(16),
+        processing_class=tokenizer,
+        data_collator=WithoutTheFirstTokens(),
+    )
+    assert run.pad_token_id == (tokenizer.eos_token_id if has_end else 0)
+    run.train()
+    assert run.report.aer > 0
 
 
 def test_a_collator_without_tokens_is_named(tmp_path):
