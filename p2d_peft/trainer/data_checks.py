@@ -42,7 +42,7 @@ def check_datasets(trainer: P2DTrainer, pool: Any) -> None:
     """
     found = trainer.eval_dataset
     evaluated = found if isinstance(found, dict) else {} if found is None else {"": found}
-    counts = {name: Counter(_digests(dataset)) for name, dataset in evaluated.items()}
+    counts = {name: Counter(row_digests(dataset)) for name, dataset in evaluated.items()}
     in_pool: dict[str, set[bytes]] = {name: set() for name in counts}
     for values, offsets in _tokens(pool):
         if len(values):
@@ -51,7 +51,7 @@ def check_datasets(trainer: P2DTrainer, pool: Any) -> None:
             digests = set(_digests_of(values, offsets))
             for name, count in counts.items():
                 in_pool[name] |= digests & count.keys()
-    in_target = set(_digests(trainer.target_dataset)) if any(counts.values()) else set()
+    in_target = set(row_digests(trainer.target_dataset)) if any(counts.values()) else set()
     for name, count in counts.items():
         argument = f"eval_dataset['{name}']" if name else "eval_dataset"
         if rows := sum(count[digest] for digest in in_pool[name]):
@@ -89,7 +89,7 @@ def _digests_of(values: np.ndarray, offsets: np.ndarray) -> Iterator[bytes]:
         yield hashlib.blake2b(values[start:end].tobytes(), digest_size=16).digest()
 
 
-def _digests(dataset: Any) -> Iterator[bytes]:
+def row_digests(dataset: Any) -> Iterator[bytes]:
     """What tells rows apart, without their tokens."""
     for values, offsets in _tokens(dataset):
         yield from _digests_of(values, offsets)

@@ -14,7 +14,7 @@ from ..efficiency import Reference, StageCosts
 from ..files import read_json, write_json
 from ..heads import HeadSet
 from ..json_fields import checked_fields
-from .data_checks import _digests
+from .data_checks import row_digests
 
 
 STATE_NAME = "p2d_state.json"
@@ -118,7 +118,7 @@ def digest_of_rows(rows: Any) -> str | None:
     Args:
         rows (`Dataset` or `IterableDataset`): The rows, as a training takes them.
     """
-    of_rows = b"".join(_digests(rows))
+    of_rows = b"".join(row_digests(rows))
     return hashlib.blake2b(of_rows, digest_size=16).hexdigest() if of_rows else None
 
 
