@@ -105,7 +105,9 @@ def _read_saved(source: str, split: str | None) -> Dataset:
 def _check_is_all(source: str, split: str) -> None:
     """Check the split that is asked for of a source that [`is_whole`]: another would stand for other rows."""
     if split != "train":
-        raise ValueError(f"'{source}' has no split '{split}': all of it is 'train'. Leave the split out.")
+        raise ValueError(
+            f"'{source}' has no split '{split}': all of it is 'train'. Name that, or leave the split out."
+        )
 
 
 def check_new_dataset(target: str | Path) -> None:

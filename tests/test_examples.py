@@ -102,7 +102,13 @@ def test_multi_gpu(folder, tmp_path):
     """The script, accelerate's launcher and scripts/p2d_sft.py; one process on the CPU in the place of several GPUs."""
     (tmp_path / "cpu.yaml").write_text("distributed_type: 'NO'\nnum_processes: 1\nuse_cpu: true\n")
     flags = ["--model_name_or_path", f"{folder}/model", "--dataset_name", f"{folder}/rows.jsonl"]
-    flags += ["--target_dataset_name", f"{folder}/rows-target.jsonl", "--output_dir", f"{tmp_path}/out"]
+    flags += [
+        "--target_dataset_name",
+        f"{folder}/rows-target.jsonl",
+        "--target_dataset_split",
+        "train",
+    ]  # the recipe's: test
+    flags += ["--output_dir", f"{tmp_path}/out"]
     flags += ["--max_steps", "1", "--reference_steps", "0", "--use_cpu", "--bf16", "false"]
     command = ["bash", str(EXAMPLES / "multi_gpu.sh"), f"{tmp_path}/cpu.yaml", *flags]
     root = str(EXAMPLES.parent)

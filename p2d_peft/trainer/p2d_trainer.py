@@ -428,6 +428,10 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             if self._p2d_state is not None:
                 self._p2d_state.save(folder, self._clock.costs)
             save_beside_model(self, folder, is_whole=state_dict is None)
+            is_result = self.args.p2d and self.report is not None and not self.is_in_train
+            if is_result and folder.resolve() == Path(self.args.output_dir).resolve():
+                # the last checkpoint's card says that the training was not finished
+                self.create_model_card(model_name=(self.args.hub_model_id or folder.resolve().name).split("/")[-1])
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, IterableDataset
 from transformers.trainer_optimizer import is_optimizer_factory
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -144,7 +145,10 @@ def _estimated(
                 pool_tokens=pool_tokens / args.world_size,
                 steps_per_epoch=steps_of_an_epoch(args, pool_rows, pool_tokens),
             )
-    except (ValueError, torch.OutOfMemoryError) as error:
+    except (ValueError, RuntimeError) as error:
+        # of memory that ran out not all devices raise an error of its own
+        if not isinstance(error, ValueError | torch.OutOfMemoryError) and not should_reduce_batch_size(error):
+            raise
         _warn_of_no_estimate(error)
         return None
     if reference.relative_error is not None and reference.relative_error > WIDE:

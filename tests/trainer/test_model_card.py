@@ -190,6 +190,17 @@ def test_before_training_there_is_nothing_to_tell(tmp_path):
     assert "What was chosen" not in card_of(trainer(tmp_path)).text
 
 
+def test_a_saved_model_has_the_card_of_the_finished_run(tmp_path):
+    run = trainer(tmp_path / "run", changes={"reference_seconds": 8.0, "save_strategy": "steps", "save_steps": 1})
+    run.train()
+    assert "was not finished" in (tmp_path / "run" / "README.md").read_text()
+    run.save_model(tmp_path / "elsewhere")
+    assert "was not finished" in (tmp_path / "run" / "README.md").read_text()
+    run.save_model()
+    text = (tmp_path / "run" / "README.md").read_text()
+    assert f"is {run.report.aer:.3g}: a speed-up" in text and "# run" in text and 'subfolder="lora"' in text
+
+
 def test_in_training_the_costs_are_left_open(tmp_path):
     run = trainer(tmp_path, changes={"max_steps": 2, "save_strategy": "steps", "save_steps": 1})
     run.train()

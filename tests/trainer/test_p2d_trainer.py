@@ -1,5 +1,6 @@
 import json
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -556,13 +557,28 @@ def test_a_reference_of_another_pool_is_told_of_before_any_stage(tmp_path, monke
         run.train()
 
 
-def test_a_reference_that_does_not_fit_is_reported_and_left_out(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("p2d_peft.trainer.reference.estimate_reference", out_of_memory)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("MPS backend out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["cuda", "mps", "cpu"],
+)
+def test_a_reference_that_does_not_fit_is_reported_and_left_out(error, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("p2d_peft.trainer.reference.estimate_reference", Mock(side_effect=error))
     run = trainer(tmp_path)
     with caplog.at_level("WARNING", logger="p2d_peft"):
         run.train()
     assert run.report.aer is None
-    assert "could not be estimated, so there will be no AER: CUDA out of memory" in caplog.text
+    assert f"could not be estimated, so there will be no AER: {error}" in caplog.text
+
+
+def test_another_error_of_the_reference_is_not_hidden(tmp_path, monkeypatch):
+    monkeypatch.setattr("p2d_peft.trainer.reference.estimate_reference", Mock(side_effect=RuntimeError("boom")))
+    with pytest.raises(RuntimeError, match="boom"):
+        trainer(tmp_path).train()
 
 
 def test_bad_arguments_are_errors_of_the_constructor(tmp_path):
