@@ -55,7 +55,7 @@ def remove_earlier_run(args: P2DConfig) -> None:
     reference = None if args.reference_report is None else MeasuredRun.read(args.reference_report).path
     for name in (REPORT_NAME, TRAINER_STATE_NAME, SELECTION_NAME, SAMPLES_NAME):
         path = Path(args.output_dir, name)
-        if path.exists() and not (reference is not None and path.samefile(reference)):
+        if path.is_file() and not (reference is not None and path.samefile(reference)):
             path.unlink()
 
 
