@@ -15,6 +15,7 @@ from transformers.trainer_utils import find_executable_batch_size
 from ..efficiency import StageCosts
 from ..heads import HeadScores, HeadSet, localize_heads
 from ..heads.localize import default_method
+from ..heads.samples import IGNORED
 from ..model_state import model_device
 from ..selection import P2DDataSelector
 from ..selection.policies import RoundRobin
@@ -161,8 +162,9 @@ def _cut(trainer: P2DTrainer, drawn: Dataset) -> Dataset:
     """Rows of a pool that keeps their whole length until it is packed, cut to `max_length` as a given target is."""
     args = changed(trainer.args, shuffle_dataset=False)
     with quiet_datasets():
-        # leaves out rows of which nothing counts any more
         cut: Dataset = trainer._prepare_dataset(drawn, trainer.processing_class, args, False, None, "target")
+        # newer versions of TRL have left out the rows of which nothing counts any more
+        cut = cut.filter(lambda row: any(label != IGNORED for label in row["labels"]))
     if not len(cut):
         raise ValueError(
             f"None of the {len(drawn)} rows drawn from `train_dataset` as samples of the task has a token that counts "

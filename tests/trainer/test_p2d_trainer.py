@@ -561,10 +561,9 @@ def test_a_reference_of_another_pool_is_told_of_before_any_stage(tmp_path, monke
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory"),
-        RuntimeError("MPS backend out of memory"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
     ],
-    ids=["cuda", "mps", "cpu"],
+    ids=["cuda", "cpu"],
 )
 def test_a_reference_that_does_not_fit_is_reported_and_left_out(error, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("p2d_peft.trainer.reference.estimate_reference", Mock(side_effect=error))
