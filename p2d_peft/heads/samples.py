@@ -131,7 +131,7 @@ def token_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
         # it makes the decoder's input of the labels, and a loss of its own of all logits
         logits, seen = model(**batch, use_cache=False).logits, []
     else:
-        with _head_on_counted(model, nn.functional.pad(counts, (0, 1))) as seen:
+        with head_on_counted(model, nn.functional.pad(counts, (0, 1))) as seen:
             logits = model(**{key: batch[key] for key in batch if key != "labels"}, use_cache=False).logits
     counts = counts.to(logits.device)
     # those of virtual tokens (prompt tuning) come first
@@ -143,11 +143,15 @@ def token_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 @contextmanager
-def _head_on_counted(model: nn.Module, counts: torch.Tensor) -> Iterator[list[bool]]:
+def head_on_counted(model: nn.Module, counts: torch.Tensor) -> Iterator[list[bool]]:
     """
     Context in which the LM head gets the positions that count alone, as one row; what comes after it (a scale, a bias, a
     soft cap) takes each position for itself. Yields a list that is empty as long as that was not done: where a model
     calls no such module, or on positions of its own.
+
+    Args:
+        model (`nn.Module`): A causal language model.
+        counts (`torch.Tensor`): Which positions do, shape (B, T), bool.
     """
     done: list[bool] = []
 

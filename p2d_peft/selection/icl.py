@@ -6,15 +6,15 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from datasets.fingerprint import Hasher
-from torch import nn
 from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from ..heads.samples import head_on_counted
 from .attention import Observer, observable_attention
 from .losses import label_losses
 from .samples import Samples
@@ -121,7 +121,10 @@ def _score_group(
     prompt = torch.tensor([[token for ids in demonstrations.input_ids for token in ids]], device=device)
     # A cache made without the model's config keeps all keys also in layers with a sliding window; the mask hides them.
     cache = DynamicCache()
-    with _head_on_last(model, prompt.shape):
+    # Nobody reads the prompt's logits, and with a large vocabulary they take gigabytes; a model makes some, so those of one token.
+    last = torch.zeros_like(prompt, dtype=torch.bool)
+    last[:, -1] = True
+    with head_on_counted(model, last):
         model(input_ids=prompt, past_key_values=cache, use_cache=True)
     total = torch.zeros(len(demonstrations))
     for indices, batch in questions.batches(context.batch_size, device):
@@ -158,29 +161,6 @@ def _score_group(
         paid_BN /= attention_BHTN.shape[1] * n_answer[:, None]
         total += (quality_B[:, None] * paid_BN).sum(0).cpu() / torch.tensor(lengths)
     return total / len(questions)
-
-
-@contextmanager
-def _head_on_last(model: nn.Module, shape: torch.Size) -> Iterator[None]:
-    """
-    Context in which the LM head gets the last position alone, for passes over tokens of shape (B, T) whose logits nobody
-    reads: with a large vocabulary those of all demonstrations take gigabytes. A model that calls no such module, or on
-    positions of its own, is left alone.
-    """
-
-    def keep(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not args or args[0].shape[:-1] != shape:
-            return None
-        return (args[0][:, -1:], *args[1:])
-
-    get_output_embeddings = getattr(model, "get_output_embeddings", None)
-    head: nn.Module | None = None if get_output_embeddings is None else get_output_embeddings()
-    handle = None if head is None else head.register_forward_pre_hook(keep)
-    try:
-        yield
-    finally:
-        if handle is not None:
-            handle.remove()
 
 
 def answers(context: ScoringContext, demonstrations: Samples, questions: Samples) -> list[tuple[str, str]]:

@@ -13,7 +13,6 @@ from typing import Any
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from trl import SFTTrainer
 
@@ -24,6 +23,7 @@ from ..heads import HeadScores, HeadSet, ModelGeometry
 from ..heads.localize import needs_weights
 from ..model_checks import check_runnable
 from ..report import P2DReport
+from ..report.run_folder import TRAINER_STATE_NAME
 from ..report.run_report import REPORT_NAME
 from ..selection import P2DDataSelector
 from ..selection.pool import rows_of

@@ -130,5 +130,5 @@ def test_no_logits_are_made_of_the_demonstrations(name, monkeypatch):
     (one, questions) = sizes[:2]
     assert sizes == [one, questions] * 2 and one == (1, 1) and questions[0] == 3
     assert {name: len(module._forward_pre_hooks) for name, module in model.named_modules()} == before
-    monkeypatch.setattr(icl, "_head_on_last", lambda *_: nullcontext())
+    monkeypatch.setattr(icl, "head_on_counted", lambda *_: nullcontext())
     assert torch.equal(scores(), found)
