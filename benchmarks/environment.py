@@ -32,6 +32,11 @@ def device() -> torch.device:
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
+def processes_per_device(jobs: int) -> int:
+    """How many of so many processes share an accelerator, or the CPU where there is none."""
+    return -(-jobs // torch.accelerator.device_count()) if torch.accelerator.is_available() else jobs
+
+
 def now() -> float:
     """Seconds of a clock, once the accelerator, if there is one, has done all that it was given."""
     if torch.accelerator.is_available():

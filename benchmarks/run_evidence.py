@@ -49,7 +49,7 @@ def run(args: argparse.Namespace, arguments: list[str]) -> None:
     model = args.model or (str(fetch_model()) if profile.model == HUB_MODEL else profile.model)
     called = command("run_evidence.py", arguments)
     part = profile.only(args.only) if args.only else profile
-    run_all(part, partial(make_runner, args.threads, profile, tasks, model, args.output, called), args.jobs)
+    run_all(part, partial(make_runner, args.threads, profile, tasks, model, args.output, called, args.jobs), args.jobs)
 
 
 def make_runner(threads: int, *arguments: Any) -> Runner:

@@ -5,8 +5,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 bash scripts/environment.sh "$venv" quickstart,plots,bm25
+# one for each core, before the number of threads is set: nproc goes by it
+jobs=${JOBS:-$(env -u OMP_NUM_THREADS nproc)}
 export OMP_NUM_THREADS=1
 output=${RESULTS:-benchmarks/results/evidence}
 "$venv/bin/python" benchmarks/run_evidence.py run "${PROFILE:-benchmarks/evidence/profiles/small.yaml}" \
-    --jobs "${JOBS:-$(nproc)}" --output "$output" "$@"
+    --jobs "$jobs" --output "$output" "$@"
 "$venv/bin/python" benchmarks/run_evidence.py report --output "$output"

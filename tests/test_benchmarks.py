@@ -101,6 +101,10 @@ def test_a_whole_run_on_a_large_model(tmp_path):
     assert (ours["pool_rows"], ours["selected_rows"], ours["epochs"], full["epochs"]) == (40, 4, 2, 2)
     assert result["aer"] == sum(ours["stage_seconds"].values()) / full["stage_seconds"]["train"]
 
+    estimated = large_run.main([*options, "--rows", "20", "--warmup-rows", "0", "--epochs", "1", "--estimate"])
+    assert estimated["full"] is None and estimated["estimated_over_measured_reference"] is None
+    assert estimated["aer"] == estimated["p2d"]["aer"] > 0
+
 
 def test_all_arms_are_there(numbers):
     arms = numbers["arms"]

@@ -25,7 +25,7 @@ from .tiny_models import tiny_model, tiny_tokenizer
 
 
 run_evidence = load_benchmark("run_evidence")
-adapt, base, bigbench, choose, claims, defaults, page, problem, profile, schedule, summary, tasks = (
+adapt, base, bigbench, choose, claims, defaults, page, plots, problem, profile, schedule, summary, tasks = (
     load_benchmark(f"evidence.{name}")
     for name in (
         "adapt",
@@ -35,6 +35,7 @@ adapt, base, bigbench, choose, claims, defaults, page, problem, profile, schedul
         "claims",
         "defaults",
         "page",
+        "plots",
         "problem",
         "profile",
         "schedule",
@@ -166,7 +167,8 @@ def test_an_arm_is_the_same_when_it_is_run_again_alone(results, with_tiny_tasks,
         path.unlink()
     run_evidence.main([*arguments[:-1], str(tmp_path / "results")])
     before, after = (json.loads((root / "arms" / name).read_text()) for root in (folder, tmp_path / "results"))
-    for changing in ("seconds", "peak_memory_bytes", "load_average", "command"):
+    assert (before["processes_per_device"], after["processes_per_device"]) == (2, 1)
+    for changing in ("seconds", "peak_memory_bytes", "load_average", "command", "processes_per_device"):
         del before[changing], after[changing]
     assert before == after
 
@@ -224,20 +226,20 @@ def test_the_summary(results):
     assert summary.compare(evidence, claims.P2D, ("bm25", "heads:proxy/last")) is None
 
 
-def evidence_of(sides):
+def evidence_of(sides, memory_kind="process", processes=1):
     """Made-up results of two targets, two seeds and 40 test rows: for each side how many are right, its seconds and NLL."""
     lines = {}
     for (data, parameters), (right, seconds, nll) in sides.items():
         for target in ("a", "b"):
             test = {"right": "1" * right + "0" * (40 - right), "exact_match": right / 40, "nll": nll}
-            stage = {"cpu": seconds, "wall": 0.0}
+            stage = {"cpu": seconds, "wall": 0.0} if memory_kind == "process" else {"cpu": 0.0, "wall": seconds}
             nothing = {"cpu": 0.0, "wall": 0.0}
             arm = {"seconds": {"localize": nothing, "select": nothing, "train": stage}, "passages_nll": nll}
-            arm |= {"memory_kind": "process"}
+            arm |= {"memory_kind": memory_kind, "processes_per_device": processes}
             key = ("mixed", target, data, parameters, 3)
             lines[key] = summary.Line(*key, 1e-3, {0: arm, 1: arm}, {0: test, 1: test})
     base = {target: {"passages_nll": 1.0} for target in ("a", "b")}
-    return summary.Evidence({}, base, lines, [], 0, [])
+    return summary.Evidence({}, base, lines, [], 0, [], [])
 
 
 SIDES = {
@@ -274,6 +276,20 @@ def test_claims():
     assert claims.judge(evidence_of(expensive))[3].verdict == claims.NOT_HELD
     nothing = claims.judge(evidence_of({}))
     assert {claim.verdict for claim in nothing} == {claims.UNDECIDED}
+
+
+def test_seconds_of_processes_that_share_a_gpu_are_left_out():
+    alone, shared = (evidence_of(SIDES, "accelerator", processes) for processes in (1, 4))
+    assert alone.aer(alone.lines[("mixed", "a", *claims.P2D, 3)]) == pytest.approx(0.08)
+    assert claims.judge(alone)[3].verdict == claims.HELD
+    assert shared.aer(shared.lines[("mixed", "a", *claims.P2D, 3)]) is None
+    whole = claims.judge(shared)[3]
+    assert whole.verdict == claims.UNDECIDED and not any("AER" in figure for figure in whole.figures)
+    worse = evidence_of({**SIDES, ("full", "full"): (35, 100.0, 1.0)}, "accelerator", 4)
+    assert claims.judge(worse)[3].verdict == claims.NOT_HELD  # whatever it costs
+    assert {seconds for _, _, seconds in defaults.measured(shared)} == {None}
+    pytest.importorskip("matplotlib")
+    assert plots._stages(shared) is None and plots._aer(shared) is None and plots._stages(alone) is not None
 
 
 def test_defaults_stand_against_what_was_run_in_their_place():
@@ -334,6 +350,22 @@ def test_what_is_published_is_what_the_results_say():
     assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == text
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert page.with_results(readme, page.readme_table(evidence)) == readme
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script of bash")
+@pytest.mark.parametrize("threads", [None, "1"])
+def test_the_script_runs_a_process_for_each_core(threads, tmp_path):
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "$OMP_NUM_THREADS $@" >> {tmp_path / "calls"}\n')
+    python.chmod(0o755)
+    environ = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "JOBS")}
+    environ |= {"VENV": str(tmp_path / "venv"), "RESULTS": str(tmp_path / "results")}
+    environ |= {} if threads is None else {"OMP_NUM_THREADS": threads}
+    subprocess.run(["bash", str(ROOT / "scripts" / "evidence.sh")], env=environ, check=True)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert any(call.startswith("1 ") and f"--jobs {cores} " in call for call in calls)
 
 
 SLEEPERS = """

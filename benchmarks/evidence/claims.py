@@ -132,26 +132,29 @@ def _whole(evidence: Evidence) -> Claim:
     lora = compare(evidence, P2D, LORA, epochs=EPOCHS)
     ours = _lines(evidence, P2D)
     aers = {target: aer for target, line in ours.items() if (aer := evidence.aer(line)) is not None}
-    if full is None or not aers:
+    if full is None:
         return Claim(text, UNDECIDED, [])
-    mean_aer = sum(aers.values()) / len(aers)
     of_targets = ", ".join(f"{target} {points(found)}" for target, found in full.of_targets.items())
-    figures = [
-        f"{_figure('against full data and full fine-tuning', full)} ({of_targets})",
-        f"AER {mean_aer:.3f} ({', '.join(f'{target} {aer:.3f}' for target, aer in aers.items())})",
-    ]
-    held = full.exact_match["mean"] >= -MOST_LOSS and mean_aer <= MOST_AER
+    figures = [f"{_figure('against full data and full fine-tuning', full)} ({of_targets})"]
+    held = full.exact_match["mean"] >= -MOST_LOSS
+    theirs = _lines(evidence, LORA)
+    timed = bool(aers) and all(line.timed for line in theirs.values())
+    if timed:
+        mean_aer = sum(aers.values()) / len(aers)
+        figures.append(f"AER {mean_aer:.3f} ({', '.join(f'{target} {aer:.3f}' for target, aer in aers.items())})")
+        held = held and mean_aer <= MOST_AER
     if lora is not None:
-        theirs = _lines(evidence, LORA)
+        figures.append(_figure("against LoRA on the same rows", lora))
+    if lora is not None and timed:
         rates = [
             sum(line.mean("exact_match") for line in lines.values())
             / sum(line.seconds("localize", "select", "train") for line in lines.values())
             for lines in (ours, theirs)
         ]
-        figures.append(_figure("against LoRA on the same rows", lora))
         figures.append(f"exact match per 1,000 s: {100_000 * rates[0]:.0f} points, LoRA {100_000 * rates[1]:.0f}")
         held = held and rates[0] >= rates[1]
-    return Claim(text, UNDECIDED if lora is None and held else HELD if held else NOT_HELD, figures)
+    open_ = held and (lora is None or not timed)
+    return Claim(text, UNDECIDED if open_ else HELD if held else NOT_HELD, figures)
 
 
 def _forgetting(evidence: Evidence) -> Claim:

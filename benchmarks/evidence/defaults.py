@@ -81,8 +81,8 @@ ALTERNATIVES = (
 )
 
 
-def measured(evidence: Evidence) -> list[tuple[Alternative, Comparison, float]]:
-    """The alternatives that were run, how the default compares with each, and its seconds over theirs."""
+def measured(evidence: Evidence) -> list[tuple[Alternative, Comparison, float | None]]:
+    """The alternatives that were run, how the default compares with each, and its seconds over theirs, if both were timed."""
     found = []
     for alternative in ALTERNATIVES:
         comparison = compare(
@@ -93,12 +93,12 @@ def measured(evidence: Evidence) -> list[tuple[Alternative, Comparison, float]]:
     return found
 
 
-def _seconds(evidence: Evidence, alternative: Alternative, comparison: Comparison) -> float:
+def _seconds(evidence: Evidence, alternative: Alternative, comparison: Comparison) -> float | None:
     ours, theirs = (
-        sum(
-            evidence.lines[(alternative.setting, target, *side, EPOCHS)].seconds("localize", "select", "train")
-            for target in comparison.of_targets
-        )
+        [evidence.lines[(alternative.setting, target, *side, EPOCHS)] for target in comparison.of_targets]
         for side in (alternative.ours, alternative.theirs)
     )
-    return ours / theirs
+    if not all(line.timed for line in ours + theirs):
+        return None
+    taken = [sum(line.seconds("localize", "select", "train") for line in lines) for lines in (ours, theirs)]
+    return taken[0] / taken[1]

@@ -30,6 +30,8 @@ SETTINGS_TEXT = {
     "corrupted": "The mixed pool with wrong answers in three rows of ten",
     "absent": "The mixed pool without the target's task",
 }
+# the folder of the results that stand on the main page
+MAIN = "evidence"
 README_START, README_END = "<!-- results: made by benchmarks/run_evidence.py report -->", "<!-- end of results -->"
 
 
@@ -37,10 +39,9 @@ def page(evidence: Evidence, results: Path, pictures: list[str]) -> str:
     """The page, as Markdown; `pictures` are addresses as seen from it."""
     problem, training = evidence.settings["problem"], evidence.settings["training"]
     parts = [
-        "# Results",
+        _title(evidence, results),
         "How good P2D is on a small model, against what one would pick instead. Written by `python "
-        f"benchmarks/run_evidence.py report` from the files in `benchmarks/results/{results.name}`, one for each training; {evidence.arms} so far. To rerun the small profile, from a clean clone:",
-        "```bash\nbash scripts/evidence.sh\n```",
+        f"benchmarks/run_evidence.py report` from the files in `benchmarks/results/{results.name}`, one for each training; {evidence.arms} so far. {_to_rerun(evidence, results)}",
         "Rows are named by what chooses them: `SCORER:HEADS`, `/fifth` or `/first` where only heads of the first fifth or third "
         "of the layers score, `/robin` where the target's samples take turns. Weights are named by what is trained: "
         f"`heads:METHOD`, `/late` or `/last` for heads of the last two thirds or the last third, `heads-qo` without keys and values; `{P2D[0]}` with `{P2D[1]}` is what `P2DTrainer` does by default. `@` is a share other "
@@ -51,7 +52,7 @@ def page(evidence: Evidence, results: Path, pictures: list[str]) -> str:
         f"{problem['test_rows']} other held-out rows. Batches of {training['batch_size']}, {training['dtype']}. Exact match is "
         "that of greedy answers. AER is the cost of all stages over that of full fine-tuning on the whole pool for as "
         "many epochs, both measured; on a CPU it is counted in the process's own seconds, so that what else a machine does is "
-        "not in it. Forgetting is the rise of the NLL of unrelated passages over the base model's. Intervals are 95 % of "
+        f"not in it. {_untimed(evidence)}Forgetting is the rise of the NLL of unrelated passages over the base model's. Intervals are 95 % of "
         "paired bootstraps: over test rows for exact match, over pairs of target and seed for NLL. Peak memory on a CPU is "
         "that of the whole process, with what its earlier arms left in it.",
         "**Not run:** any model but this one, and the paper's own models and data, for which there are profiles "
@@ -82,6 +83,29 @@ def page(evidence: Evidence, results: Path, pictures: list[str]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _title(evidence: Evidence, results: Path) -> str:
+    if results.name == MAIN:
+        return "# Results"
+    gpus = {where["machine"].get("gpu") for where in evidence.provenance} - {None}
+    return f"# Results on {', '.join(sorted(gpus))}" if gpus else f"# Results: {results.name}"
+
+
+def _to_rerun(evidence: Evidence, results: Path) -> str:
+    if results.name == MAIN:
+        return "To rerun the small profile, from a clean clone:\n\n```bash\nbash scripts/evidence.sh\n```"
+    commands = "\n".join(evidence.commands)
+    return f"They are of:\n\n```bash\n{commands}\n```"
+
+
+def _untimed(evidence: Evidence) -> str:
+    if all(line.timed for line in evidence.lines.values()):
+        return ""
+    return (
+        "Where it and the seconds are left out, processes shared a GPU: what one of them takes is then no measure of what it "
+        "takes alone. "
+    )
+
+
 def _picture(address: str) -> str:
     text = PICTURES[Path(address).name]
     return f"![{text}]({address})\n\n*{text}.*"
@@ -103,7 +127,7 @@ def _defaults(evidence: Evidence) -> str:
             f"{alternative.setting}: {', '.join(comparison.of_targets)}",
             claims.points(comparison.exact_match),
             claims.nll_text(comparison),
-            f"{seconds:.2f}",
+            "" if seconds is None else f"{seconds:.2f}",
             str(comparison.pairs),
         ]
         for alternative, comparison, seconds in measured(evidence)
@@ -153,7 +177,9 @@ def _table(evidence: Evidence, lines: list[Line]) -> str:
                 _percent(line.mean_of_arm("rows_right") / line.mean_of_arm("rows"))
                 if line.setting == "corrupted"
                 else "",
-                f"{line.seconds('localize'):.0f} + {line.seconds('select'):.0f} + {line.seconds('train'):.0f}",
+                " + ".join(f"{line.seconds(stage):.0f}" for stage in ("localize", "select", "train"))
+                if line.timed
+                else "",
                 f"{first['trained_parameters'] / 1e6:.2f} M",
                 f"{first['checkpoint_bytes'] / 1e6:.1f} MB",
                 f"{line.mean_of_arm('peak_memory_bytes') / 1e9:.2f} GB",
@@ -226,10 +252,15 @@ def _overlap(evidence: Evidence, results: Path) -> str:
 
 def _provenance(evidence: Evidence) -> str:
     return "\n".join(
-        f"- {where['machine']['cpu']}, {where['machine']['cpus']} CPUs, {where['machine']['system']}; threads a process: "
-        f"{where['threads']}; " + ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+        f"- {_machine(where['machine'])}; threads a process: {where['threads']}; "
+        + ", ".join(f"{name} {version}" for name, version in where["versions"].items())
         for where in evidence.provenance
     )
+
+
+def _machine(machine: dict[str, str]) -> str:
+    gpu = f"{machine['gpu']}, " if "gpu" in machine else ""
+    return f"{gpu}{machine['cpu']}, {machine['cpus']} CPUs, {machine['system']}"
 
 
 def readme_table(evidence: Evidence) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from answers import judge_answers
-from environment import device, load_average, machine, versions
+from environment import device, load_average, machine, processes_per_device, versions
 from quickstart import fast_dtype
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -41,13 +41,17 @@ class Runner:
         model (`str`): The model's folder or Hub id.
         folder (`Path`): Where results are written to.
         command (`str`): What was called, to be put into the results.
+        jobs (`int`): Processes that are at work at the same time, this one among them.
 
     Raises:
         `ValueError`: if `folder` holds results of other sizes, another model or another training.
     """
 
-    def __init__(self, profile: Profile, tasks: dict[str, list[Row]], model: str, folder: Path, command: str) -> None:
+    def __init__(
+        self, profile: Profile, tasks: dict[str, list[Row]], model: str, folder: Path, command: str, jobs: int = 1
+    ) -> None:
         self.profile, self.tasks, self.model, self.folder, self.command = profile, tasks, model, folder, command
+        self.jobs = jobs
         training = profile.training
         self.device = device()
         dtype = fast_dtype() if training.dtype == "auto" else getattr(torch, training.dtype)
@@ -214,6 +218,7 @@ class Runner:
     def _provenance(self) -> dict[str, Any]:
         return {
             "threads": torch.get_num_threads(),
+            "processes_per_device": processes_per_device(self.jobs),
             "load_average": load_average(),
             "command": self.command,
             "machine": machine(),

@@ -50,6 +50,17 @@ class Line:
         """Of a number of the arms, over the seeds."""
         return statistics.mean(result[name] for result in self.results.values())
 
+    @property
+    def timed(self) -> bool:
+        """
+        Whether [`seconds`] are those of an arm alone: not where processes share an accelerator, of whose time each one's
+        clock counts the others' share, too. On a CPU a process's own seconds are counted.
+        """
+        return all(
+            result["memory_kind"] == "process" or result.get("processes_per_device", 1) == 1
+            for result in self.results.values()
+        )
+
     def seconds(self, *stages: str) -> float:
         """Over the seeds, the mean of what stages took: the process's own seconds on a CPU, else the clock's."""
         kind = "cpu" if next(iter(self.results.values()))["memory_kind"] == "process" else "wall"
@@ -69,7 +80,8 @@ class Evidence:
         lines (`dict[Key, Line]`): By setting, target, data, parameters and epochs.
         tried (`list[dict]`): The arms that were validated, one for each learning rate of a cell.
         arms (`int`): How many arms there are.
-        provenance (`list[dict]`): The machines, versions and commands of the arms, each once.
+        provenance (`list[dict]`): The machines and versions of the arms, each once.
+        commands (`list[str]`): What the arms were called with, each once.
     """
 
     settings: Result
@@ -78,6 +90,7 @@ class Evidence:
     tried: list[Result]
     arms: int
     provenance: list[Result]
+    commands: list[str]
 
     @property
     def targets(self) -> list[str]:
@@ -85,9 +98,12 @@ class Evidence:
         return sorted({line.target for line in self.lines.values()})
 
     def aer(self, line: Line) -> float | None:
-        """Seconds of all stages over those of full fine-tuning on all of the pool for as many epochs."""
+        """
+        Seconds of all stages over those of full fine-tuning on all of the pool for as many epochs; None without that
+        reference, or where either was not timed.
+        """
         reference = self.reference(line)
-        if reference is None:
+        if reference is None or not (line.timed and reference.timed):
             return None
         return line.seconds("localize", "select", "train") / reference.seconds("train")
 
@@ -140,7 +156,8 @@ def read_evidence(folder: Path) -> Evidence:
         if where not in provenance:
             provenance.append(where)
     tried = [result for result in results if result["validation"]]
-    return Evidence(read_json(folder / SETTINGS), base, lines, tried, len(results), provenance)
+    commands = list(dict.fromkeys(result["command"] for result in results))
+    return Evidence(read_json(folder / SETTINGS), base, lines, tried, len(results), provenance, commands)
 
 
 def _best_rate(arms: list[Result]) -> float | None:
