@@ -149,6 +149,8 @@ def fetch_model(cache_dir: str | Path | None = None) -> Path:
             quantization_config=GgufConfig(dequantize=True),
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+        # transformers 5.17 takes the token that starts a turn for the one that ends it, and has none to pad with
+        tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
         finished = Path(folder) / "finished"
         model.save_pretrained(finished)
         tokenizer.save_pretrained(finished)

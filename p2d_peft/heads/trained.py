@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .geometry import ROLES, AttentionGeometry, ModelGeometry
+from .lower_layers import LowerLayers
 from .samples import Batch, nothing_counts, right_padded, rows_of, sample_losses
 from .weights import AttentionWeights, LayerScores, attention_weights, head_slices, require_only
 
@@ -28,8 +29,8 @@ def trained_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[
     optimizer works on a float32 copy of the slices, so that a bf16 model moves, too. Afterwards the weights are put back
     bit for bit. A sample's loss is the mean over its tokens that count. Dropout is off.
 
-    The cost for *each head*: 5 forward and backward passes over one half of the samples, the backward down to the head's
-    layer, and a forward pass over the other half.
+    The cost for *each head*: 5 forward and backward passes over one half of the samples, and a forward pass over the other
+    half, all of them through the layers from the head's one on: what the layers below put out is kept.
 
     Args:
         model (`nn.Module`): Causal language model or encoder-decoder with floating-point weights.
@@ -46,9 +47,11 @@ def trained_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[
     weights = attention_weights(model, geometry, "trained")
     require_only(model, {})
     train, held_out = _halves(batches, model)
-    before = _mean_loss(model, held_out)
+    with torch.no_grad():
+        before = float(torch.cat([sample_losses(model, batch).cpu().double() for batch in held_out]).mean())
     scores: LayerScores = {}
     for layer, attention in geometry.items():
+        lower = LowerLayers(model, attention, held_out[0])
         names = dict.fromkeys(attention.units(role).module for role in ROLES)
         own = {name: weights[name].parameter for name in names}
         originals = {name: parameter.detach().clone() for name, parameter in own.items()}
@@ -57,8 +60,8 @@ def trained_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[
             parameter.requires_grad = True
         for head in range(attention.n_heads):
             try:
-                _train(model, weights, attention, head, own, train)
-                gains.append(before - _mean_loss(model, held_out))
+                _train(model, weights, attention, head, own, train, lower)
+                gains.append(before - _mean_loss(model, held_out, lower))
             finally:
                 with torch.no_grad():
                     for name, parameter in own.items():
@@ -91,9 +94,12 @@ def _halves(batches: Iterable[Batch], model: nn.Module) -> tuple[list[Batch], li
 
 
 @torch.no_grad()
-def _mean_loss(model: nn.Module, batches: list[Batch]) -> float:
-    losses = torch.cat([sample_losses(model, batch).cpu().double() for batch in batches])
-    return float(losses.mean())
+def _mean_loss(model: nn.Module, batches: list[Batch], lower: LowerLayers) -> float:
+    losses = []
+    for batch in batches:
+        with lower.kept(batch):
+            losses.append(sample_losses(model, batch).cpu().double())
+    return float(torch.cat(losses).mean())
 
 
 def _train(
@@ -103,6 +109,7 @@ def _train(
     head: int,
     own: dict[str, nn.Parameter],
     batches: list[Batch],
+    lower: LowerLayers,
 ) -> None:
     """Train the slices of one head in place; `own` are the weights of its layer."""
     views = head_slices(weights, attention, head, {name: parameter.detach() for name, parameter in own.items()})
@@ -112,7 +119,8 @@ def _train(
     for _ in range(STEPS):
         optimizer.zero_grad()
         for batch in batches:
-            loss = sample_losses(model, batch).sum() / n_samples
+            with lower.kept(batch):
+                loss = sample_losses(model, batch).sum() / n_samples
             gradients = dict(zip(own, torch.autograd.grad(loss, list(own.values())), strict=True))
             for role, gradient in head_slices(weights, attention, head, gradients).items():
                 master = masters[role]

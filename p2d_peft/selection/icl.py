@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -10,6 +11,7 @@ from typing import TypeAlias
 
 import torch
 from datasets.fingerprint import Hasher
+from torch import nn
 from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
@@ -24,6 +26,8 @@ from .scoring import RowScores, Scorer, ScoreRows, ScoringContext
 # Ours: the paper's text was not available; Data Whisperer's order of magnitude.
 N_DEMONSTRATIONS = 8
 N_QUERIES = 4
+# tokens that a generated answer may have, for each of the right one's
+_MOST_OF_ANSWER = 2
 
 
 # (what the model answered, the right answer) -> how good that is, at least 0
@@ -63,7 +67,8 @@ def icl(context: ScoringContext, metric: Metric | None = None) -> Iterator[Score
     In-context-learning score (P2D section 3.2.2, after Data Whisperer, arXiv 2505.12212, with the selected heads in
     place of all heads of one layer).
 
-    The samples are shuffled and cut into groups of 8 demonstrations. Each group is put before 4 queries, samples of the
+    The samples are shuffled and cut into groups of 8 demonstrations, or of fewer where so many and the target's longest
+    sample are more tokens than the model has positions. Each group is put before 4 queries, samples of the
     target, one at a time. A demonstration earns, averaged over the queries, the quality of the query's answer times
     the attention that the selected heads pay from the answer to the demonstration, divided by its length in tokens.
     The quality is the geometric mean probability of the answer's tokens, `exp(mean log-likelihood)`, unless there is a
@@ -76,10 +81,12 @@ def icl(context: ScoringContext, metric: Metric | None = None) -> Iterator[Score
 
     Raises:
         `ValueError`: if the model has layers of linear attention or of a state-space model. From the state that those
-            keep instead of keys and values, transformers goes on with one token at a time only.
+            keep instead of keys and values, transformers goes on with one token at a time only. Or if a sample has no room
+            beside the target's longest one.
     """
     assert context.heads is not None and context.target is not None
     target = context.target
+    room = _room(context.model, target, generates=metric is not None)
     with observable_attention(context.model, context.heads) as observed:
         layers = DynamicCache(config=context.model.config).layers
         if stateful := [
@@ -95,17 +102,50 @@ def icl(context: ScoringContext, metric: Metric | None = None) -> Iterator[Score
             order = torch.randperm(len(samples), generator=generator).tolist()
             queries = torch.randperm(len(target), generator=generator).tolist()
             scores = torch.zeros(len(samples))
-            for start in range(0, len(order), N_DEMONSTRATIONS):
-                group = order[start : start + N_DEMONSTRATIONS]
+            for turn, group in enumerate(_groups(order, samples, room)):
                 # the target's samples take turns, so that all of them are asked
-                turn = start // N_DEMONSTRATIONS * N_QUERIES
-                asked = [queries[(turn + i) % len(queries)] for i in range(min(N_QUERIES, len(queries)))]
+                first = turn * N_QUERIES
+                asked = [queries[(first + i) % len(queries)] for i in range(min(N_QUERIES, len(queries)))]
                 demonstrations, questions = samples.subset(group), target.subset(asked)
                 scores[group] = _score_group(context, demonstrations, questions, observed, metric)
                 context.progress(len(group), demonstrations.n_tokens + questions.n_tokens)
             return RowScores(scores)
 
         yield score
+
+
+def _room(model: nn.Module, target: Samples, *, generates: bool) -> float:
+    """How many tokens there may be before a question, so that the model has a position for each one to the last."""
+    config = getattr(model, "config", None)
+    positions = getattr(config and config.get_text_config(), "max_position_embeddings", None)
+    if not positions:
+        return math.inf
+    longest = max(
+        len(ids) + generates * _MOST_OF_ANSWER * sum(label != -100 for label in labels)
+        for ids, labels in zip(target.input_ids, target.labels, strict=True)
+    )
+    return int(positions) - longest
+
+
+def _groups(order: list[int], samples: Samples, room: float) -> list[list[int]]:
+    """The samples in their order, cut into groups of at most 8 and of no more tokens than there is room for."""
+    lengths = [len(ids) for ids in samples.input_ids]
+    if too_long := sorted(samples.rows[index] for index in order if lengths[index] > room):
+        raise ValueError(
+            f"`scorer`='icl' puts the target's samples behind those of the pool, and of the positions of `model` the longest "
+            f"leaves {max(room, 0)}: too few for {len(too_long)} rows of the pool, first {too_long[0]} with "
+            f"{lengths[samples.rows.index(too_long[0])]} tokens. Set a smaller `max_length` in `args`, or use 'affinity', "
+            "'gradient' or 'influence'."
+        )
+    groups: list[list[int]] = []
+    n_tokens = 0
+    for index in order:
+        if not groups or len(groups[-1]) == N_DEMONSTRATIONS or n_tokens + lengths[index] > room:
+            groups.append([])
+            n_tokens = 0
+        groups[-1].append(index)
+        n_tokens += lengths[index]
+    return groups
 
 
 def _score_group(
@@ -179,7 +219,7 @@ def answers(context: ScoringContext, demonstrations: Samples, questions: Samples
         generated = context.model.generate(  # type: ignore[operator]
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
-            max_new_tokens=2 * len(right),
+            max_new_tokens=_MOST_OF_ANSWER * len(right),
             do_sample=False,
             num_beams=1,
             pad_token_id=questions.pad_token_id,

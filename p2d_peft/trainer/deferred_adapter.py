@@ -12,8 +12,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from ..heads import HeadSet
-from ..tuners import HeadSparseConfig
+from ..heads import HeadSet, ModelGeometry
+from ..tuners import HeadSparseConfig, HeadSparseModel
 from .arguments import spreads_weights_as_loaded
 from .config import P2DConfig
 from .state import P2DState
@@ -72,6 +72,19 @@ def _as_if_adapted(model: Any, wanted: bool) -> Iterator[None]:
         yield
     finally:
         del model._hf_peft_config_loaded  # the class says False
+
+
+def check_attachable(model: nn.Module, config: HeadSparseConfig) -> None:
+    """
+    Check what can be checked of a config before its heads are known: with all of the model's heads it has to fit.
+
+    Raises:
+        `ValueError`: if it does not, for example because `target_modules` leave nothing to train.
+    """
+    config = copy.deepcopy(config)
+    if config.heads is None:
+        config.set_heads(ModelGeometry.of(model).heads)
+    HeadSparseModel.check(model, config)
 
 
 def attach(model: Any, config: HeadSparseConfig, heads: HeadSet, args: P2DConfig) -> PeftModel:

@@ -38,7 +38,7 @@ from .choosing import choose, scores_folder
 from .config import P2DConfig
 from .data_checks import ARGUMENTS
 from .data_files import remove_earlier_run
-from .deferred_adapter import BackwardEndsAtLowestHead, DeferredAdapter, attach
+from .deferred_adapter import BackwardEndsAtLowestHead, DeferredAdapter, attach, check_attachable
 from .estimate import estimate_run
 from .interruption import explained_interruption
 from .model_card import complete_model_card
@@ -231,8 +231,10 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         if config is not None and known_tokens:
             if added := sorted(set(vocabulary(self._tokenizer).values()) - set(known_tokens.values())):
                 learn_tokens(config, added, self.model)
-        if heads is None and config is not None and config.heads is not None:
-            heads = config.head_set(ModelGeometry.of(self.model))
+        if config is not None:
+            check_attachable(self.model, config)
+            if heads is None and config.heads is not None:
+                heads = config.head_set(ModelGeometry.of(self.model))
         if heads is None and is_peft_model(self.model):
             active = self.model.peft_config[self.model.active_adapter]
             if isinstance(active, HeadSparseConfig):

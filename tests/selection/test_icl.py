@@ -1,5 +1,6 @@
 """What `icl` promises beyond its definition, which test_selector.py holds against whole prompts and eager attention."""
 
+import itertools
 from contextlib import nullcontext
 
 import pytest
@@ -10,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from p2d_peft import P2DDataSelector
 from p2d_peft.heads import HeadSet
 from p2d_peft.selection import icl, icl_scorer
-from p2d_peft.selection.icl import answers
+from p2d_peft.selection.icl import _groups, answers
 
 from ..model_checks import assert_unchanged, snapshot
 from ..tiny_data import prompt_completion
@@ -97,6 +98,42 @@ def test_answers_are_what_the_model_generates_behind_the_demonstrations():
                 if ids[-1] == model.generation_config.eos_token_id:
                     break
         assert answer == tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("scorer", ["icl", icl_scorer(lambda answer, right: 1.0)], ids=["likelihood", "metric"])
+def test_a_prompt_has_no_more_tokens_than_the_model_has_positions(scorer, monkeypatch):
+    model = LAYOUTS["gpt2"].model()  # absolute positions: there is no vector for a 65th
+    pool, target = prompt_completion(20), prompt_completion(3, seed=1)
+    longest = max(map(len, samples_of(target).input_ids))
+    assert 8 * min(map(len, samples_of(pool).input_ids)) + longest > 64
+    seen = []
+    forward = type(model).forward
+
+    def watch(self, *args, **kwargs):
+        cache = kwargs.get("past_key_values")
+        seen.append(kwargs["input_ids"].shape[1] + (0 if cache is None else cache.get_seq_length()))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", watch)
+    scores = P2DDataSelector(model, tiny_tokenizer(), heads=HEADS, target=target, scorer=scorer).score(pool)
+    assert (scores > 0).all() and 32 < max(seen) <= 64
+
+    long = Dataset.from_list([*pool, {"prompt": "a" * 70, "completion": " b"}])
+    selector = P2DDataSelector(model, tiny_tokenizer(), heads=HEADS, target=target, scorer=scorer)
+    with pytest.raises(ValueError, match=r"leaves \d+: too few for 1 rows of the pool, first 20 with .* `max_length`"):
+        selector.score(long)
+
+
+def test_groups_are_as_large_as_there_is_room_for():
+    samples = samples_of(prompt_completion(20))
+    lengths = [len(ids) for ids in samples.input_ids]
+    order = list(range(20))[::-1]
+    assert [len(group) for group in _groups(order, samples, float("inf"))] == [8, 8, 4]
+    groups = _groups(order, samples, 3 * max(lengths))
+    assert [index for group in groups for index in group] == order
+    for group, after in itertools.pairwise(groups):
+        assert sum(lengths[i] for i in group) <= 3 * max(lengths)
+        assert len(group) == 8 or sum(lengths[i] for i in [*group, after[0]]) > 3 * max(lengths)
 
 
 @pytest.mark.parametrize("name", ["qwen3-next", "jamba"])

@@ -47,3 +47,20 @@ def test_with_checkpoints_the_backward_pass_ends_at_the_lowest_head(use_reentran
     run.train()
     # a layer with a backward pass is run a second time for it
     assert passes == {0: 2 if use_reentrant else 1, 1: 2, 2: 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_modules": ["query"]}, r"`target_modules` \(\{'query'\}\), .* leave nothing to train"),
+        ({"exclude_modules": r".*_proj"}, r"`exclude_modules` \(\.\*_proj\) .* leave nothing to train"),
+        ({"layers_to_transform": [7]}, r"`layers_to_transform` \(\[7\]\) .*; the model's layers: 0, 1, 2\."),
+        ({"r": 1000}, r"`r` must be 1 to \d+ for '.*q_proj'"),
+    ],
+)
+def test_what_cannot_be_attached_to_any_head_is_told_of_at_once(changes, message, tmp_path):
+    model = tiny_model()
+    modules = list(model.modules())
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, model=model, peft_config=HeadSparseConfig(task_type="CAUSAL_LM", **changes))
+    assert all(a is b for a, b in zip(modules, model.modules(), strict=True)) and "peft_config" not in vars(model)

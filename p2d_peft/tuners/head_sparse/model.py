@@ -89,6 +89,23 @@ class HeadSparseModel(BaseTuner):
             self.peft_config.pop(adapter_name, None)
             raise
 
+    @classmethod
+    def check(cls, model: nn.Module, config: HeadSparseConfig) -> None:
+        """
+        Check whether a config can be injected into a model, and inject nothing.
+
+        Args:
+            model (`nn.Module`): The model.
+            config ([`HeadSparseConfig`]): The config, with its heads.
+
+        Raises:
+            `ValueError`: if it can't be, with the message that injecting it would give.
+        """
+        tuner = cls.__new__(cls)
+        nn.Module.__init__(tuner)
+        tuner.model = model
+        tuner._check_injection(config, {})
+
     def _check_injection(self, config: HeadSparseConfig, state_dict: dict[str, torch.Tensor]) -> None:
         """Read the model's geometry and check the config against it, before anything in the model is touched."""
         geometry = ModelGeometry.of(self.model)
