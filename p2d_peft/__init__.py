@@ -1,5 +1,5 @@
 """
-P2D: find the attention heads that matter for a task, let them pick the data, train only them.
+P2D: find the attention heads that matter for a task, let heads pick the data, train heads only.
 
 Importing the package registers the `HEAD_SPARSE` method with PEFT, its one side effect; everything else is imported
 when it is first used.

@@ -124,8 +124,9 @@ def localize_heads(
         encoder-decoder in the order `cross.0`, ..., `decoder.0`, ..., `encoder.0`, ....
 
     Raises:
-        `TypeError`: if `model` is no model, `batches` does not hold mappings, or `seed` is no integer.
-        `ValueError`: if the method is unknown, the model's attention is not supported, the method needs floating-point
+        `TypeError`: if `model` is no model, `batches` cannot be iterated or holds no tensors of shape (B, T), or `seed` is no
+            integer.
+        `ValueError`: if `batches` does not hold mappings with `input_ids` and `labels`, the method is unknown, the model's attention is not supported, the method needs floating-point
             weights and the model has others, a weight is not finite or on the meta device, `batches` holds nothing that
             counts or tokens that the model does not know, or a score is not a number.
         `KeyboardInterrupt`: as it comes, after a warning that says that nothing is kept.

@@ -57,8 +57,9 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
     r"""
     Trainer for *From Parameters to Data* (P2D, arXiv 2605.21558), a drop-in for [`~trl.SFTTrainer`].
 
-    The first call of [`~P2DTrainer.train`] localizes the attention heads that the task moves, lets them select rows of
-    `train_dataset`, attaches a [`HeadSparseConfig`] adapter to the heads and trains it on the rows. Each stage is timed
+    The first call of [`~P2DTrainer.train`] localizes the attention heads that the task moves, lets some of them select rows
+    of `train_dataset` (by default those of the first layers), attaches a [`HeadSparseConfig`] adapter to others (by default
+    of the later layers) and trains it on the rows. Each stage is timed
     and the Alignment Efficiency Ratio is put into the final metrics (`train_p2d_aer`) and into `p2d_report.json`. The
     chosen heads and rows go into each checkpoint; a resumed run takes them from there, and a second `train()` keeps
     them.

@@ -56,9 +56,14 @@ def text(kind: str, x: float, y: float, words: str, anchor: str = "start") -> st
     return f'<text class="{kind}" x="{x:g}" y="{y:g}" text-anchor="{anchor}">{words}</text>'
 
 
-def head_cells(report: dict[str, Any]) -> tuple[set[tuple[int, int]], int, int]:
-    """The chosen heads as (layer, head), the number of layers and that of heads a layer."""
-    chosen = {(int(layer), head) for layer, heads in report["heads"].items() for head in heads}
+def cells(heads: dict[str, list[int]]) -> list[tuple[int, int]]:
+    """Heads as (layer, head)."""
+    return sorted((int(layer), head) for layer, of_layer in heads.items() for head in of_layer)
+
+
+def head_cells(report: dict[str, Any]) -> tuple[list[tuple[int, int]], int, int]:
+    """The heads that are trained, the number of layers and that of heads a layer."""
+    chosen = cells(report["heads"])
     n_layers = max(layer for layer, _ in chosen) + 1
     return chosen, n_layers, report["n_heads"] // n_layers
 
@@ -69,11 +74,17 @@ def localize(report: dict[str, Any], prefix: str) -> list[str]:
     size = pitch - 1.6
     grid = [
         tiles(f"{prefix}-heads", pitch, size, n_layers, report["n_heads"]),
-        boxes("heads", ((layer * pitch, head * pitch, size, size) for layer, head in sorted(chosen))),
+        boxes("rows", ((layer * pitch, head * pitch, size, size) for layer, head in cells(report["scoring_heads"]))),
+        boxes("heads", ((layer * pitch, head * pitch, size, size) for layer, head in chosen)),
     ]
     return [
         text("title heads", 0, 16, "1  Localize"),
-        text("text soft", 0, 40, f"{len(chosen)} of {report['n_heads']} attention heads"),
+        text(
+            "text soft",
+            0,
+            40,
+            f"{report['n_heads']} heads: {len(cells(report['scoring_heads']))} to score, {len(chosen)} to train",
+        ),
         moved(0, TOP, grid),
         text("text soft", 0, TOP + n_heads * pitch + 17, "one column a layer"),
     ]
@@ -90,7 +101,7 @@ def select(report: dict[str, Any], prefix: str) -> list[str]:
     ]
     return [
         text("title rows", 0, 16, "2  Select"),
-        text("text soft", 0, 40, f"{len(kept)} of {n_rows:,} rows, by those heads"),
+        text("text soft", 0, 40, f"{len(kept)} of {n_rows:,} rows, by their scores"),
         moved(0, TOP, grid),
         text("text soft", 0, TOP + n_rows / columns * pitch + 17, "one dot a row of the pool"),
     ]
@@ -105,7 +116,7 @@ def adapt(report: dict[str, Any], prefix: str) -> list[str]:
         text("title train", 0, 16, "3  Adapt"),
         text("text soft", 0, 40, f"{share:.1%} of the weights"),
         boxes("idle", ((layer * pitch, TOP, pitch - 1.6, attention + rest) for layer in range(n_layers))),
-        boxes("train", ((layer * pitch, TOP + head * cell, pitch - 1.6, cell) for layer, head in sorted(chosen))),
+        boxes("train", ((layer * pitch, TOP + head * cell, pitch - 1.6, cell) for layer, head in chosen)),
         text("text soft", 0, TOP + attention + rest + 17, "on those rows; all else is frozen"),
     ]
 
@@ -149,8 +160,8 @@ def draw(report: dict[str, Any], narrow: bool) -> str:
         bars = (margin, 200)
     chosen, _, _ = head_cells(report)
     label = (
-        f"P2D in one run: {len(chosen)} of {report['n_heads']} attention heads are found, they select "
-        f"{report['selected_rows']} of {report['pool_rows']} rows, and only those heads are trained on only those rows. "
+        f"P2D in one run: of {report['n_heads']} attention heads {len(cells(report['scoring_heads']))} are found that select "
+        f"{report['selected_rows']} of {report['pool_rows']} rows, and {len(chosen)} that alone are trained on only those rows. "
         f"All of it takes {report['aer']:.3f} of the time of full fine-tuning."
     )
     parts = [
