@@ -15,6 +15,7 @@ from . import claims
 from .choose import HEADS
 from .claims import EPOCHS, HELD, NOT_HELD, P2D, judge
 from .defaults import TRIED, measured
+from .profile import Profile
 from .summary import Evidence, Line
 
 
@@ -30,6 +31,7 @@ SETTINGS_TEXT = {
     "corrupted": "The mixed pool with wrong answers in three rows of ten",
     "absent": "The mixed pool without the target's task",
 }
+FULL = Path(__file__).parent / "profiles" / "full.yaml"
 # the folder of the results that stand on the main page
 MAIN = "evidence"
 README_START, README_END = "<!-- results: made by benchmarks/run_evidence.py report -->", "<!-- end of results -->"
@@ -57,7 +59,8 @@ def page(evidence: Evidence, results: Path, pictures: list[str]) -> str:
         "that of the whole process, with what its earlier arms left in it.",
         "**Not run:** any model but this one, and the paper's own models and data, for which there are profiles "
         "(`paper_llama.yaml` and `paper_qwen.yaml` in `benchmarks/evidence/profiles`). What a run costs on a GPU, with random "
-        "weights, is in [Benchmarks](benchmarks.md#what-does-a-run-cost-on-a-gpu).",
+        "weights, is in [Benchmarks](benchmarks.md#what-does-a-run-cost-on-a-gpu). What else there is to compare is "
+        "[at the end](#what-was-not-run).",
         "## The claims",
         _claims(evidence),
         *(_picture(address) for address in pictures),
@@ -79,6 +82,9 @@ def page(evidence: Evidence, results: Path, pictures: list[str]) -> str:
         _rates(evidence),
         "## Where it was run",
         _provenance(evidence),
+        "## What was not run",
+        "Cells of the full profile (`benchmarks/evidence/profiles/full.yaml`) that have no arm for any target: pool, weights, rows.",
+        _not_run(evidence) or "None.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -104,6 +110,23 @@ def _untimed(evidence: Evidence) -> str:
         "Where it and the seconds are left out, processes shared a GPU: what one of them takes is then no measure of what it "
         "takes alone. "
     )
+
+
+def _not_run(evidence: Evidence) -> str:
+    """Of the full profile's cells those that have no result for any of their targets, weights by weights."""
+    there = {(line.setting, line.data, line.parameters, line.epochs) for line in evidence.lines.values()}
+    missing: dict[tuple[str, str, int], list[str]] = {}
+    for cell in Profile.read(FULL).cells():
+        setting, data, parameters, epochs = cell.setting, str(cell.data), str(cell.parameters), cell.epochs
+        rows = missing.setdefault((setting, parameters, epochs), [])
+        if (setting, data, parameters, epochs) not in there and f"`{data}`" not in rows:
+            rows.append(f"`{data}`")
+    found = [
+        f"- {setting}, `{parameters}`{'' if epochs == EPOCHS else f', {epochs} epoch'}: {', '.join(rows)}"
+        for (setting, parameters, epochs), rows in missing.items()
+        if rows
+    ]
+    return "\n".join(found)
 
 
 def _picture(address: str) -> str:
