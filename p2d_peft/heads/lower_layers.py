@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,17 +22,28 @@ class LowerLayers:
     (their weights, the embeddings, the mode) may change in between.
 
     A model may want more of its layers than that (keys and values that later layers share, a module that is several
-    layers at once). So the losses of one batch are computed both ways first, and where they are not the same bit for bit,
-    every pass is a whole one.
+    layers at once). So the losses of one batch are computed both ways first, with a pass over other tokens in between, and
+    where they are not the same bit for bit, every pass is a whole one. So it is, too, where a weight that is to be changed
+    is one of the layers below as well.
 
     Args:
         model (`nn.Module`): The model, as it will be run.
         attention (`AttentionGeometry`): The attention of the layer where passes begin.
         batch (`Batch`): What [`right_padded`] gives, to try it with.
+        changed (`Iterable[nn.Parameter]`, *optional*): The weights that will change between passes.
     """
 
-    def __init__(self, model: nn.Module, attention: AttentionGeometry, batch: Batch) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        attention: AttentionGeometry,
+        batch: Batch,
+        changed: Iterable[nn.Parameter] = (),
+    ) -> None:
         self._below = _layers_below(model, attention.name)
+        of_layers_below = {id(weight) for layer in self._below for weight in layer.parameters()}
+        if not of_layers_below.isdisjoint(map(id, changed)):
+            self._below = []
         # by id; with the batch itself, so that no other one gets its id
         self._outputs: dict[int, tuple[Batch, Any]] = {}
         if self._below and not self._is_the_same(model, batch):
@@ -42,6 +53,8 @@ class LowerLayers:
     def _is_the_same(self, model: nn.Module, batch: Batch) -> bool:
         with self.kept(batch):
             whole = sample_losses(model, batch)
+        # what a layer hands on beside its output is then of these tokens
+        sample_losses(model, {**{key: batch[key][:1] for key in batch}, "input_ids": batch["input_ids"][:1].flip(1)})
         try:
             with self.kept(batch):
                 return torch.equal(sample_losses(model, batch), whole)

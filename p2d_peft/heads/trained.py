@@ -51,9 +51,9 @@ def trained_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[
         before = float(torch.cat([sample_losses(model, batch).cpu().double() for batch in held_out]).mean())
     scores: LayerScores = {}
     for layer, attention in geometry.items():
-        lower = LowerLayers(model, attention, held_out[0])
         names = dict.fromkeys(attention.units(role).module for role in ROLES)
         own = {name: weights[name].parameter for name in names}
+        lower = LowerLayers(model, attention, held_out[0], own.values())
         originals = {name: parameter.detach().clone() for name, parameter in own.items()}
         gains = []
         for parameter in own.values():

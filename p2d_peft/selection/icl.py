@@ -86,8 +86,8 @@ def icl(context: ScoringContext, metric: Metric | None = None) -> Iterator[Score
     """
     assert context.heads is not None and context.target is not None
     target = context.target
-    room = _room(context.model, target, generates=metric is not None)
-    with observable_attention(context.model, context.heads) as observed:
+    room = _room(context, target, generates=metric is not None)
+    with _without_router_logits(context.model), observable_attention(context.model, context.heads) as observed:
         layers = DynamicCache(config=context.model.config).layers
         if stateful := [
             index for index, layer in enumerate(layers) if isinstance(layer, LinearAttentionCacheLayerMixin)
@@ -114,16 +114,36 @@ def icl(context: ScoringContext, metric: Metric | None = None) -> Iterator[Score
         yield score
 
 
-def _room(model: nn.Module, target: Samples, *, generates: bool) -> float:
-    """How many tokens there may be before a question, so that the model has a position for each one to the last."""
+@contextmanager
+def _without_router_logits(model: nn.Module) -> Iterator[None]:
+    """
+    Context in which a mixture of experts makes no loss of its router's logits, as SFTTrainer has told it to: with a cache it
+    does not get as many of them as the mask has tokens.
+    """
     config = getattr(model, "config", None)
+    config = config and config.get_text_config()
+    if not getattr(config, "output_router_logits", False):
+        yield
+        return
+    config.output_router_logits = False
+    try:
+        yield
+    finally:
+        config.output_router_logits = True
+
+
+def _room(context: ScoringContext, target: Samples, *, generates: bool) -> float:
+    """How many tokens there may be before a question, so that the model has a position for each one to the last."""
+    config = getattr(context.model, "config", None)
     positions = getattr(config and config.get_text_config(), "max_position_embeddings", None)
     if not positions:
         return math.inf
-    longest = max(
-        len(ids) + generates * _MOST_OF_ANSWER * sum(label != -100 for label in labels)
-        for ids, labels in zip(target.input_ids, target.labels, strict=True)
-    )
+    longest = max(map(len, target.input_ids))
+    if context.device.type != "cpu":
+        longest += -longest % 8  # as batches are padded there
+    if generates:
+        counts = [[label != -100 for label in labels] for labels in target.labels]
+        longest = max(longest, *(of_row.index(True) + _MOST_OF_ANSWER * sum(of_row) for of_row in counts))
     return int(positions) - longest
 
 

@@ -46,7 +46,7 @@ from .reference import count_tokens
 from .reporting import make_report, report_metrics
 from .run_estimate import RunEstimate
 from .saved_files import load_head_scores, save_beside_model, save_heads
-from .state import P2DState, digest_of_rows
+from .state import P2DState, check_same_choices, digest_of_rows
 from .tokenized import tokenized
 
 
@@ -317,6 +317,8 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
                 if checkpoint is None:
                     raise ValueError(f"No checkpoint to resume from was found in '{self.args.output_dir}'.")
             state, costs = P2DState.load(checkpoint)
+            if self._p2d_state is not None:
+                check_same_choices(self._p2d_state, state, checkpoint)
             self._clock.set(costs)
             if self._p2d_state is None:
                 self._start_from(state)

@@ -133,6 +133,9 @@ def _estimated(
     if spreads_weights_as_loaded(args):
         _warn_of_no_estimate("ZeRO-3 spreads the weights.")
         return None
+    if any(parameter.is_meta for parameter in model.parameters()):
+        _warn_of_no_estimate("Some of the weights are offloaded, and full fine-tuning needs all of them.")
+        return None
     size = args.per_device_train_batch_size
     drawn = random_rows(trainer, pool, (args.reference_steps + 1) * size, pool_rows, pool_tokens)
     try:

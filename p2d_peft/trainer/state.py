@@ -111,6 +111,25 @@ class P2DState:
         return state
 
 
+def check_same_choices(here: P2DState, there: P2DState, checkpoint: str | Path) -> None:
+    """
+    Check that a trainer which has made its choices goes on from a checkpoint of them.
+
+    Raises:
+        `ValueError`: if the checkpoint is of a run on other heads or rows.
+    """
+    digests = (here.rows_digest, there.rows_digest)
+    for name, same in (
+        ("heads", here.heads == there.heads),
+        ("rows", here.rows == there.rows and (None in digests or len({*digests}) == 1)),
+    ):
+        if not same:
+            raise ValueError(
+                f"`resume_from_checkpoint`='{checkpoint}' is of a run on other {name} than this trainer has chosen. Resume "
+                "from it with a new trainer, or name a checkpoint of this one."
+            )
+
+
 def digest_of_rows(rows: Any) -> str | None:
     """
     What the tokens of all rows come to, in their order; None where they are not there to be read.

@@ -82,6 +82,31 @@ class Shared(dict):
     """What layers hand on beside their output."""
 
 
+def test_a_weight_that_a_layer_below_has_as_well_is_trained_in_both(monkeypatch):
+    def model():
+        tied = tiny_model(num_hidden_layers=3)
+        tied.model.layers[2].self_attn.q_proj.weight = tied.model.layers[0].self_attn.q_proj.weight
+        return tied
+
+    batch = random_batch(rows=4)
+    kept = localize_heads(model(), [batch], method="trained").values
+    monkeypatch.setattr(lower_layers, "_layers_below", lambda model, attention: [])
+    assert torch.equal(kept, localize_heads(model(), [batch], method="trained").values)
+
+
+def test_what_a_layer_leaves_behind_is_of_another_batch_then(monkeypatch):
+    def model():
+        made, left = tiny_model(num_hidden_layers=3), {}
+        made.model.layers[0].register_forward_hook(lambda module, args, output: left.update(it=output))
+        made.model.layers[2].mlp.register_forward_hook(lambda module, args, output: output + left["it"])
+        return made
+
+    batches = [random_batch(rows=2, seed=seed) for seed in range(2)]
+    kept = localize_heads(model(), batches, method="trained").values
+    monkeypatch.setattr(lower_layers, "_layers_below", lambda model, attention: [])
+    assert torch.equal(kept, localize_heads(model(), batches, method="trained").values)
+
+
 @pytest.mark.parametrize("fault", ["an error", "another output", "one module twice"])
 def test_a_model_that_wants_more_of_its_layers_is_run_whole(fault):
     model = tiny_model(num_hidden_layers=3).eval()

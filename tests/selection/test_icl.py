@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from p2d_peft import P2DDataSelector
 from p2d_peft.heads import HeadSet
 from p2d_peft.selection import icl, icl_scorer
-from p2d_peft.selection.icl import _groups, answers
+from p2d_peft.selection.icl import _groups, _room, answers
+from p2d_peft.selection.samples import Samples
 
 from ..model_checks import assert_unchanged, snapshot
 from ..tiny_data import prompt_completion
@@ -122,6 +123,33 @@ def test_a_prompt_has_no_more_tokens_than_the_model_has_positions(scorer, monkey
     selector = P2DDataSelector(model, tiny_tokenizer(), heads=HEADS, target=target, scorer=scorer)
     with pytest.raises(ValueError, match=r"leaves \d+: too few for 1 rows of the pool, first 20 with .* `max_length`"):
         selector.score(long)
+
+
+@pytest.mark.parametrize(
+    ("device", "generates", "room"), [("cpu", False, 40), ("cuda", False, 40), ("cpu", True, 34), ("cuda", True, 34)]
+)
+def test_there_is_room_for_padding_and_for_what_is_generated(device, generates, room):
+    class Context:
+        model = LAYOUTS["gpt2"].model()  # 64 positions
+
+    Context.device = torch.device(device)
+    # a question of 6 tokens and an answer of 12 or of 2
+    labels = [[-100] * 6 + [1] * 12, [-100] * 6 + [1] * 2]
+    target = Samples([0, 1], [[1] * len(row) for row in labels], labels, 2, 0, 0)
+    assert _room(Context, target, generates=generates) == room + (6 if (device, generates) == ("cpu", False) else 0)
+
+
+def test_a_mixture_of_experts_that_a_trainer_told_to_balance_its_experts():
+    model = tiny_model("mixtral")
+    scores = []
+    for told in (False, True):
+        model.config.output_router_logits = told  # SFTTrainer's doing
+        selector = P2DDataSelector(
+            model, tiny_tokenizer(), heads=HEADS, target=prompt_completion(3, seed=1), scorer="icl"
+        )
+        scores.append(selector.score(prompt_completion(16)))
+        assert model.config.output_router_logits is told
+    assert torch.equal(*scores)
 
 
 def test_groups_are_as_large_as_there_is_room_for():

@@ -267,6 +267,25 @@ def test_resuming_with_another_pool_or_checkpoint_is_refused(tmp_path):
         trainer(tmp_path / "empty").train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("other", ["heads", "rows"])
+def test_a_trainer_that_has_chosen_does_not_go_on_from_another_ones_checkpoint(other, tmp_path):
+    changes = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "reference_steps": 0}
+    heads = {"heads": HeadSet([(1, 0)])}
+    first = trainer(tmp_path / "first", changes=changes, **heads)
+    if other == "rows":
+        changes = {**changes, "scorer": "random", "seed": 3}
+    else:
+        heads = {"heads": HeadSet([(1, 2)])}
+    second = trainer(tmp_path / "second", changes=changes, **heads)
+    first.train()
+    second.train()
+    costs = second._clock.costs
+    with pytest.raises(ValueError, match=rf"is of a run on other {other} than this trainer has chosen"):
+        second.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-1"))
+    assert second._clock.costs == costs
+    second.train(resume_from_checkpoint=str(tmp_path / "second" / "checkpoint-1"))  # its own
+
+
 def test_resuming_with_the_pool_in_another_order_is_refused(tmp_path):
     changes = {"save_strategy": "epoch", "reference_steps": 0, "localize_method": "random"}
     trainer(tmp_path, changes=changes).train()

@@ -164,3 +164,10 @@ def test_a_stream_has_one_epoch_of_steps(tmp_path):
     args = config(tmp_path, max_steps=6)
     assert epochs_of_run(args, None, None) == 1 and epochs_of_run(args, 16, 100.0) == 1.5
     assert epochs_of_run(config(tmp_path), 16, 100.0) == 2
+
+
+def test_of_a_model_of_which_a_part_is_offloaded_there_is_no_estimate(tmp_path, caplog):
+    run = trainer(tmp_path, changes={"reference_steps": 1})
+    run.model.offloaded = torch.nn.Parameter(torch.empty(2, device="meta"), requires_grad=False)
+    assert find_reference(run, run.train_dataset, 32, 1000, 1.0) is None
+    assert "could not be estimated, so there will be no AER: Some of the weights are offloaded" in caplog.text
