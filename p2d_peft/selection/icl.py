@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from datasets.fingerprint import Hasher
@@ -120,8 +120,8 @@ def _without_router_logits(model: nn.Module) -> Iterator[None]:
     Context in which a mixture of experts makes no loss of its router's logits, as SFTTrainer has told it to: with a cache it
     does not get as many of them as the mask has tokens.
     """
-    config = getattr(model, "config", None)
-    config = config and config.get_text_config()
+    whole: Any = getattr(model, "config", None)
+    config: Any = whole and whole.get_text_config()
     if not getattr(config, "output_router_logits", False):
         yield
         return
