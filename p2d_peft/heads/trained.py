@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,8 +49,7 @@ def trained_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[
     weights = attention_weights(model, geometry, "trained")
     require_only(model, {})
     train, held_out = _halves(batches, model)
-    with torch.no_grad():
-        before = float(torch.cat([sample_losses(model, batch).cpu().double() for batch in held_out]).mean())
+    before = _mean_loss(model, held_out, nullcontext)
     scores: LayerScores = {}
     for layer, attention in geometry.items():
         names = dict.fromkeys(attention.units(role).module for role in ROLES)
@@ -61,7 +62,7 @@ def trained_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[
         for head in range(attention.n_heads):
             try:
                 _train(model, weights, attention, head, own, train, lower)
-                gains.append(before - _mean_loss(model, held_out, lower))
+                gains.append(before - _mean_loss(model, held_out, lower.kept))
             finally:
                 with torch.no_grad():
                     for name, parameter in own.items():
@@ -94,10 +95,12 @@ def _halves(batches: Iterable[Batch], model: nn.Module) -> tuple[list[Batch], li
 
 
 @torch.no_grad()
-def _mean_loss(model: nn.Module, batches: list[Batch], lower: LowerLayers) -> float:
+def _mean_loss(
+    model: nn.Module, batches: list[Batch], in_context: Callable[[Batch], AbstractContextManager[Any]]
+) -> float:
     losses = []
     for batch in batches:
-        with lower.kept(batch):
+        with in_context(batch):
             losses.append(sample_losses(model, batch).cpu().double())
     return float(torch.cat(losses).mean())
 

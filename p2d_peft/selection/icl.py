@@ -19,7 +19,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from ..heads.samples import head_on_counted
 from .attention import Observer, observable_attention
 from .losses import label_losses
-from .samples import Samples
+from .samples import Samples, length_multiple
 from .scoring import RowScores, Scorer, ScoreRows, ScoringContext
 
 
@@ -114,14 +114,19 @@ def icl(context: ScoringContext, metric: Metric | None = None) -> Iterator[Score
         yield score
 
 
+def _text_config(model: nn.Module) -> Any:
+    """The config of a model's language part; None of a model that has none."""
+    config: Any = getattr(model, "config", None)
+    return config and config.get_text_config()
+
+
 @contextmanager
 def _without_router_logits(model: nn.Module) -> Iterator[None]:
     """
     Context in which a mixture of experts makes no loss of its router's logits, as SFTTrainer has told it to: with a cache it
     does not get as many of them as the mask has tokens.
     """
-    whole: Any = getattr(model, "config", None)
-    config: Any = whole and whole.get_text_config()
+    config = _text_config(model)
     if not getattr(config, "output_router_logits", False):
         yield
         return
@@ -134,13 +139,11 @@ def _without_router_logits(model: nn.Module) -> Iterator[None]:
 
 def _room(context: ScoringContext, target: Samples, *, generates: bool) -> float:
     """How many tokens there may be before a question, so that the model has a position for each one to the last."""
-    config = getattr(context.model, "config", None)
-    positions = getattr(config and config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(_text_config(context.model), "max_position_embeddings", None)
     if not positions:
         return math.inf
     longest = max(map(len, target.input_ids))
-    if context.device.type != "cpu":
-        longest += -longest % 8  # as batches are padded there
+    longest += -longest % (length_multiple(context.device) or 1)
     if generates:
         counts = [[label != -100 for label in labels] for labels in target.labels]
         longest = max(longest, *(of_row.index(True) + _MOST_OF_ANSWER * sum(of_row) for of_row in counts))

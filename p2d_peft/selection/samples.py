@@ -76,13 +76,19 @@ class Samples:
             `input_ids`, `attention_mask` and `labels` of shape (B, T), int64, padded on the right; on an accelerator T
             is a multiple of 8, as kernels are made anew for each length.
         """
-        multiple = None if device.type == "cpu" else 8
-        collate = DataCollatorForLanguageModeling(pad_token_id=self.pad_token_id, pad_to_multiple_of=multiple)
+        collate = DataCollatorForLanguageModeling(
+            pad_token_id=self.pad_token_id, pad_to_multiple_of=length_multiple(device)
+        )
         order = sorted(range(len(self)), key=lambda index: -len(self.input_ids[index]))
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = collate([{"input_ids": self.input_ids[i], "labels": self.labels[i]} for i in chosen])
             yield chosen, {key: value.to(device) for key, value in batch.items()}
+
+
+def length_multiple(device: torch.device) -> int | None:
+    """What the length of a batch is a multiple of, for a device; None where it is what its longest sample has."""
+    return None if device.type == "cpu" else 8
 
 
 def prepare_samples(
