@@ -58,10 +58,15 @@ def judge_answers(
     Returns:
         `dict`: `nll` (nats a token) and `exact_match` (share of rows), and as `right` whether each row's is exact, in
         the order of the batches.
+
+    Raises:
+        `ValueError`: for a row of which no token counts, as where its prompt alone is as long as rows may be.
     """
     nll, n_tokens = 0.0, 0
     right: list[bool] = []
     for batch in batches:
+        if not (batch["labels"][:, 1:] != -100).any(dim=1).all():
+            raise ValueError("a row has no answer's token: give it more room (max_length), or leave it out")
         with autocast():
             logits, labels = predictions(model, batch)
         counts = labels != -100

@@ -360,6 +360,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     mode.add_argument("--stability", action="store_true", help="localize only, with several numbers of samples")
     mode.add_argument("--report", action="store_true", help="sum up what is in --output, and run nothing")
     parser.add_argument("--summary", type=Path, help="with --report: where to write it, as JSON and beside it as .md")
+    parser.add_argument(
+        "--no-times", action="store_true", help="with --report: leave out seconds, of runs that shared their device"
+    )
     parser.add_argument("--tasks", nargs="+", default=TASKS, help="default: %(default)s")
     parser.add_argument("--methods", nargs="+", default=methods, choices=methods, help="default: all")
     parser.add_argument(
@@ -385,7 +388,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     )
     args = parser.parse_args(argv)
     if args.report:
-        summary = summarize(args.output)
+        summary = summarize(args.output, times=not args.no_times)
         text = markdown(summary)
         print(text)
         if args.summary:

@@ -63,8 +63,9 @@ def _distinct(values: Iterable[Any]) -> list[Any]:
     return found
 
 
-def summarize(folder: Path) -> Row:
-    """Everything that the report says, as plain JSON types."""
+def summarize(folder: Path, times: bool = True) -> Row:
+    """Everything that the report says, as plain JSON types; without `times` nothing about seconds."""
+    names = tuple(name for name in MEANS if times or name not in TIMES)
     arms = [read_json(path) for path in sorted((folder / ARMS).glob("*.json"))]
     tasks = sorted({arm["task"] for arm in arms})
     pairs = {(*_setting(arm), arm["method"], arm["choice"]): arm for arm in arms}
@@ -73,9 +74,9 @@ def summarize(folder: Path) -> Row:
         controls = [(arm, pairs[key]) for arm in group if (key := (*_setting(arm), *CONTROL)) in pairs]
         row = {
             **{"ratio": ratio, "choice": choice, "method": method, "lr": lr, "arms": len(group)},
-            **{name: mean(arm[name] for arm in group) for name in MEANS},
+            **{name: mean(arm[name] for arm in group) for name in names},
             "tasks": {
-                task: {"arms": len(of_task), **{name: mean(arm[name] for arm in of_task) for name in MEANS}}
+                task: {"arms": len(of_task), **{name: mean(arm[name] for arm in of_task) for name in names}}
                 for task in tasks
                 if (of_task := [arm for arm in group if arm["task"] == task])
             },
@@ -97,15 +98,8 @@ def summarize(folder: Path) -> Row:
     }
 
 
-MEANS = (
-    "nll",
-    "exact_match",
-    "localize_seconds",
-    "localize_full_steps",
-    "train_seconds",
-    "evaluate_seconds",
-    "trainable_parameters",
-)
+TIMES = ("localize_full_steps", "localize_seconds", "train_seconds", "evaluate_seconds")
+MEANS = ("nll", "exact_match", *TIMES, "trainable_parameters")
 
 
 def _setting(arm: Row) -> tuple:
@@ -175,6 +169,11 @@ def _difference(difference: Row | None, digits: int) -> str:
     return text
 
 
+def _times(row: Row) -> list[str]:
+    digits = {"localize_full_steps": 2, "localize_seconds": 1, "train_seconds": 1}
+    return [f"{row[name]:.{n}f}" for name, n in digits.items()]
+
+
 def _number(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
@@ -182,10 +181,12 @@ def _number(value: float | None, digits: int = 2) -> str:
 def markdown(summary: Row) -> str:
     """The report's tables."""
     tasks = sorted({task for row in summary["methods"] for task in row["tasks"]})
+    times = any("localize_seconds" in row for row in summary["methods"])
     lines = [
         "NLL and exact match are means over tasks and seeds. Differences are to random heads spread over the layers, of "
-        "the same task and seed, with a bootstrap 95 % interval. Full steps: what the localization costs, in full "
-        "fine-tuning on the same tokens.",
+        "the same task and seed, with a bootstrap 95 % interval."
+        + " Full steps: what the localization costs, in full fine-tuning on the same tokens."
+        * times,
         "",
     ]
     if summary["base"]:
@@ -197,8 +198,9 @@ def markdown(summary: Row) -> str:
     for (ratio, lr, choice), rows in _groups(summary["methods"], "ratio", "lr", "choice").items():
         lines += [f"### {ratio:.0%} of the heads, {choice}, learning rate {lr:g}", ""]
         lines += _table(
-            ["method", "arms", "NLL", "minus control", "exact match", "minus control", "full steps"]
-            + ["localize s", "train s", "weights", *(f"{task} NLL / exact" for task in tasks)],
+            ["method", "arms", "NLL", "minus control", "exact match", "minus control"]
+            + ["full steps", "localize s", "train s"] * times
+            + ["weights", *(f"{task} NLL / exact" for task in tasks)],
             (
                 [
                     row["method"],
@@ -207,9 +209,7 @@ def markdown(summary: Row) -> str:
                     _difference(row.get("nll_minus_control"), 4),
                     f"{row['exact_match']:.3f}",
                     _difference(row.get("exact_match_minus_control"), 3),
-                    f"{row['localize_full_steps']:.2f}",
-                    f"{row['localize_seconds']:.1f}",
-                    f"{row['train_seconds']:.1f}",
+                    *(_times(row) if times else ()),
                     f"{row['trainable_parameters']:,.0f}",
                     *(
                         f"{of_task['nll']:.4f} / {of_task['exact_match']:.3f}"

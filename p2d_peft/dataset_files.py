@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
-from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from pyarrow import ArrowException
+from pyarrow.csv import CSVWriter
 
 from .files import check_new, unfinished
 
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _WITH_SPLIT = re.compile(r"(.+):([^:\[\]]+(?:\[.*\])?)")  # and, of the split, perhaps a slice
-_WRITERS = {".jsonl": "to_json", ".parquet": "to_parquet", ".csv": "to_csv"}
 
 
 def is_whole(source: str) -> bool:
@@ -110,12 +111,17 @@ def _check_is_all(source: str, split: str) -> None:
         )
 
 
-def check_new_dataset(target: str | Path) -> None:
+def check_new_dataset(target: str | Path, features: Features | None = None) -> None:
     """
     Check, before any work, that a dataset can be written to `target`.
 
+    Args:
+        target (`str` or `Path`): What [`write_dataset`] is to be given.
+        features (`Features`, *optional*): The dataset's columns, where they are known.
+
     Raises:
-        `ValueError`: if `target` exists, or has the ending of a file that can be read but not written.
+        `ValueError`: if `target` exists, or has the ending of a file that can be read but not written, or that cannot hold
+            such columns.
         `OSError`: if nothing can be written there.
     """
     suffix = Path(target).suffix
@@ -123,7 +129,31 @@ def check_new_dataset(target: str | Path) -> None:
         raise ValueError(f"'{target}' is no name for a file or a folder.")
     if suffix in _READERS and suffix not in _WRITERS:
         raise ValueError(f"'{target}': rows are not written as {suffix}; take {', '.join(_WRITERS)}, or a folder.")
+    nested = [name for name, feature in (features or {}).items() if not isinstance(feature, Value | ClassLabel)]
+    if suffix == ".csv" and nested:
+        raise ValueError(
+            f"'{target}': CSV cannot hold the column '{nested[0]}', which is nested; take .jsonl or .parquet."
+        )
     check_new(target)
+
+
+def _write_json(dataset: Dataset, path: str) -> None:
+    # as text that says what it is, and to the last decimal that is offered: the default is 10, and dates as numbers
+    dataset.to_json(path, double_precision=15, date_format="iso", date_unit="us")
+
+
+def _write_csv(dataset: Dataset, path: str) -> None:
+    # not `to_csv`, which makes 1.0 of 1 where the column has an empty place
+    with CSVWriter(path, dataset.features.arrow_schema) as writer:
+        for table in dataset.with_format("arrow").iter(1000):
+            writer.write_table(table)
+
+
+_WRITERS: dict[str, Callable[[Dataset, str], object]] = {
+    ".jsonl": _write_json,
+    ".parquet": Dataset.to_parquet,
+    ".csv": _write_csv,
+}
 
 
 def write_dataset(dataset: Dataset, target: str | Path) -> None:
@@ -134,6 +164,6 @@ def write_dataset(dataset: Dataset, target: str | Path) -> None:
     Raises:
         `ValueError`, `OSError`: as [`check_new_dataset`] does.
     """
-    check_new_dataset(target)
+    check_new_dataset(target, dataset.features)
     with unfinished(target) as path:
-        getattr(dataset, _WRITERS.get(Path(target).suffix, "save_to_disk"))(str(path))
+        _WRITERS.get(Path(target).suffix, Dataset.save_to_disk)(dataset, str(path))

@@ -290,6 +290,15 @@ def test_localize_report_says_what_the_arms_say(judged, tmp_path, capsys):
     path = folder / "scores" / "copy-taylor-n{}-seed0.json"
     few, many = (HeadScores.load(str(path).format(n)).values for n in (4, 8))
     assert few.shape == (4, 4) and -1 <= localize_report.spearman(few, many) <= 1
+    without = localize.main(["--output", str(folder), "--report", "--no-times"])
+    capsys.readouterr()
+    for row, of_all in zip(without["methods"], summary["methods"], strict=True):
+        assert row["nll"] == of_all["nll"] and not any("seconds" in name or "steps" in name for name in row)
+    tables = {times: localize_report.markdown(found) for times, found in ((True, summary), (False, without))}
+    assert "localize s" in tables[True] and "localize s" not in tables[False]
+    assert all(
+        len({line.count("|") for line in table.split("\n\n")[-1].splitlines()}) == 1 for table in tables.values()
+    )
 
 
 def test_localize_sees_what_sft_trainers_loss_and_greedy_decoding_see(judged):

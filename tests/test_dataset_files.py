@@ -1,4 +1,5 @@
 import re
+from datetime import datetime
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
@@ -22,6 +23,29 @@ def test_nested_rows_survive(tmp_path):
         assert read_dataset(str(tmp_path / name)).to_list() == conversational(3).to_list()
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_numbers_and_dates_survive(name, tmp_path):
+    when = datetime(2026, 1, 2, 3, 4, 5, 678901)
+    dataset = Dataset.from_dict(
+        {"count": [1, None, 3], "score": [1e-12 / 3, 1 / 3, None], "text": ['a "quoted", one', "two\nlines", "third"]}
+        | {"when": [when] * 3, "right": [True, None, False]}
+    )
+    write_dataset(dataset, tmp_path / name)
+    again = read_dataset(str(tmp_path / name))
+    assert again["text"][:] == dataset["text"][:] and again["count"][:] == dataset["count"][:]
+    assert again["right"][:] == dataset["right"][:]
+    assert again["score"][1] == pytest.approx(1 / 3, abs=1e-15)
+    assert again["score"][0] == pytest.approx(1e-12 / 3, abs=1e-15)
+    assert str(when.microsecond) in str(again["when"][0]) and "2026-01-02" in str(again["when"][0])
+    assert re.fullmatch(r".*\b1\b.*", (tmp_path / name).read_text().splitlines()[name == "rows.csv"])
+
+
+def test_csv_is_for_flat_rows(tmp_path):
+    with pytest.raises(ValueError, match=r"CSV cannot hold the column 'messages', which is nested; take \.jsonl"):
+        write_dataset(conversational(3), tmp_path / "rows.csv")
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "rows.jsonl").write_text("precious")
     with pytest.raises(ValueError, match=r"rows\.jsonl' exists already; give another name"):
@@ -30,7 +54,7 @@ def test_nothing_is_overwritten(tmp_path):
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
-    def fail(self, path):
+    def fail(self, path, **_):
         open(path, "w").write("half")
         raise OSError("disk full")
 

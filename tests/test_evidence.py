@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from transformers import AutoTokenizer
 from trl import SFTTrainer
 
 from p2d_peft import P2DConfig
@@ -43,6 +44,7 @@ adapt, base, bigbench, choose, claims, defaults, page, plots, problem, profile, 
         "tasks",
     )
 )
+answers = load_benchmark("answers")
 ROOT = BENCHMARKS.parent
 PROFILES = sorted((BENCHMARKS / "evidence" / "profiles").glob("*.yaml"))
 
@@ -178,6 +180,21 @@ def test_other_sizes_go_into_another_folder(results, with_tiny_tasks, tmp_path):
     path = write_profile(tmp_path, problem={**a_profile()["problem"], "test_rows": 5})
     with pytest.raises(ValueError, match="holds results with other settings"):
         run_evidence.main([arguments[0], str(path), *arguments[2:]])
+
+
+def test_samples_before_a_question_may_be_longer_than_what_is_trained_on(results, tmp_path):
+    folder, arguments = results
+    tokenizer = AutoTokenizer.from_pretrained(arguments[3])
+    longest = max(len(tokenizer(row["prompt"] + row["completion"]).input_ids) for row in tiny_tasks()["copy"]) + 1
+    path = write_profile(tmp_path, training={"batch_size": 4, "dtype": "float32", "max_length": longest})
+    made = profile.Profile.read(path)
+    short = run_evidence.make_runner(1, made, tiny_tasks(), arguments[3], tmp_path / "results", "")
+    short.base("copy")
+    read = [json.loads((of / "base" / "copy.json").read_text()) for of in (tmp_path / "results", folder)]
+    assert read[0]["few_shot"] == read[1]["few_shot"] and read[0]["test"] == read[1]["test"]
+    # what has no room for an answer is no answer that is right
+    with pytest.raises(ValueError, match="no answer's token"):
+        answers.judge_answers(None, [{"labels": torch.tensor([[-100, 5], [-100, -100]])}], 2, None)
 
 
 def test_the_stages_that_arms_share_come_first_and_once(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import statistics
@@ -188,7 +189,7 @@ class Runner:
             "target": target,
             "test": self._judged(model, problem.test[target], options=True),
             "few_shot": self._judged(
-                model, [{**row, "prompt": shots + row["prompt"]} for row in problem.test[target]]
+                model, [{**row, "prompt": shots + row["prompt"]} for row in problem.test[target]], whole=True
             ),
             "passages_nll": self._passages(model, problem),
             **self._provenance(),
@@ -197,8 +198,11 @@ class Runner:
 
     # -- what a model is worth
 
-    def _judged(self, model: nn.Module, rows: list[Row], options: bool = False) -> dict[str, Any]:
-        samples = prepare_samples(as_dataset(rows), self.tokenizer, self.arguments, name="test")
+    def _judged(self, model: nn.Module, rows: list[Row], options: bool = False, whole: bool = False) -> dict[str, Any]:
+        arguments = copy.copy(self.arguments)
+        if whole:  # samples before the question may be longer than what is trained on
+            arguments.max_length = None
+        samples = prepare_samples(as_dataset(rows), self.tokenizer, arguments, name="test")
         batches = (batch for _, batch in samples.batches(2 * self.profile.training.batch_size, self.device))
         found = judge_answers(model, batches, self.tokenizer.eos_token_id, self._autocast)
         # in an order that is the same for all arms: results are compared row by row

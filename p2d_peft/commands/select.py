@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--scorer {args.scorer} needs {option}.")
     heads = read_heads(args.heads) if args.heads else None
     pool = read_dataset(args.pool)
+    check_new_dataset(args.output, pool.features)
     target = read_dataset(args.target) if args.target else None
     tokenizer, config = load_tokenizer(args)
     for name, dataset in (("pool", pool), ("target", target)):

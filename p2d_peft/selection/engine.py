@@ -15,7 +15,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from datasets.fingerprint import Hasher
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
@@ -24,7 +23,7 @@ from ..heads import HeadSet
 from ..model_checks import check_runnable, check_vocabulary
 from ..model_state import model_device, preserved_state, uncompiled
 from ..passed_tokens import passed_tokens
-from .fingerprint import run_fingerprint
+from .fingerprint import NotHashable, hash_of, run_fingerprint
 from .pool import rows_of
 from .pool_scores import PoolScores, nothing_counts, put_together
 from .progress import ScoringProgress
@@ -82,9 +81,7 @@ class ScoringEngine:
             check_runnable(self.model)
         target, sample = self._target(), self._sample(pool)
         process, n_processes = _process()
-        store = None
-        if self.cache_dir is not None:
-            store = ShardStore(self.cache_dir, self._fingerprint(sample, target))
+        store = self._store(sample, target)
         size = None if self.scorer.whole_pool else SHARD_ROWS
         total = None
         if isinstance(pool, Dataset):
@@ -118,7 +115,7 @@ class ScoringEngine:
                     progress.end_shard(len(shard.rows))
                     done.append(scored)
         except BaseException as error:
-            if self.cache_dir is not None and done:
+            if store is not None and done:
                 logger.warning(
                     "Scoring stopped. The scores of %d rows are kept in '%s': the same run, started again, goes on from "
                     "there.",
@@ -227,11 +224,21 @@ class ScoringEngine:
         order: list[int] = torch.randperm(n_rows, generator=torch.Generator().manual_seed(self.seed)).tolist()
         return order
 
+    def _store(self, sample: Samples | None, target: Samples | None) -> ShardStore | None:
+        if self.cache_dir is None:
+            return None
+        try:
+            fingerprint = self._fingerprint(sample, target)
+        except NotHashable as error:  # as for datasets' cache
+            logger.warning("%s No scores are kept in '%s': a run that dies starts anew.", error, self.cache_dir)
+            return None
+        return ShardStore(self.cache_dir, fingerprint)
+
     def _fingerprint(self, sample: Samples | None, target: Samples | None) -> dict[str, str]:
         named = {
             "per_target": str(self.per_target),
             "scorer_options": self.scorer.options,
-            "formatting_func": str(Hasher.hash(self.formatting_func)),
+            "formatting_func": hash_of("formatting_func", self.formatting_func),
         }
         return named | run_fingerprint(
             self.model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -122,6 +123,23 @@ def _text(value: Any) -> str:
     return str(sorted(map(str, value)) if isinstance(value, set | frozenset) else value)
 
 
+class NotHashable(ValueError):  # noqa: N818 (it says of what)
+    """Scores depend on something of which it cannot be said whether it has changed."""
+
+
+def hash_of(name: str, value: Any) -> str:
+    """
+    A hash of an argument with all that it holds.
+
+    Raises:
+        [`NotHashable`]: if it holds what cannot be pickled, such as an open file or a lock.
+    """
+    try:
+        return str(Hasher.hash(value))
+    except (pickle.PickleError, TypeError, AttributeError, NotImplementedError) as error:
+        raise NotHashable(f"`{name}` cannot be hashed ({error}).") from error
+
+
 def run_fingerprint(
     model: nn.Module,
     tokenizer: Any,
@@ -141,7 +159,7 @@ def run_fingerprint(
         "scorer": scorer,
         "heads": str(heads),
         "model": model_fingerprint(model),
-        "tokenizer": str(Hasher.hash(tokenizer)),
+        "tokenizer": hash_of("processing_class", tokenizer),
         "arguments": str({name: getattr(args, name) for name in _ARGUMENTS}),
         "autocast": str(autocast),
         "batch_size": str(batch_size),

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from .scoring import Scorer, ScoreRows, ScoringContext
 from .similarity import similarity_to_target
+
+
+class _LastLayerPassed(Exception):  # noqa: N818 (a signal, as StopIteration is)
+    """Ends a forward pass before the LM head."""
 
 
 @contextmanager
@@ -35,19 +41,28 @@ def rds(context: ScoringContext) -> Iterator[ScoreRows]:
         raise ValueError(
             f"`scorer`='rds' needs a transformers model, but `model` is {type(context.model).__name__}; use 'affinity'."
         )
-    without_head = causal_lm.base_model
+    seen: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen.append(output.last_hidden_state)
+        raise _LastLayerPassed
 
     def features(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Shape (B, hidden size), float32."""
         mask_BT = batch["attention_mask"]
-        hidden_BTE = without_head(
-            input_ids=batch["input_ids"], attention_mask=mask_BT, use_cache=False
-        ).last_hidden_state.float()
+        with suppress(_LastLayerPassed):
+            context.model(input_ids=batch["input_ids"], attention_mask=mask_BT, use_cache=False)
+        hidden_BTE = seen.pop().float()
         weights_BT = (mask_BT.cumsum(1) * mask_BT).to(hidden_BTE)
         with torch.autocast(context.device.type, enabled=False):  # sums of many tokens want their digits
             return torch.einsum("bte,bt->be", hidden_BTE, weights_BT / weights_BT.sum(1, keepdim=True))
 
-    yield similarity_to_target(context, lambda samples: context.of_each(samples, features), centred=False)
+    # not `base_model`, which some models pass by
+    hook = causal_lm.get_decoder().register_forward_hook(keep)
+    try:
+        yield similarity_to_target(context, lambda samples: context.of_each(samples, features), centred=False)
+    finally:
+        hook.remove()
 
 
 SCORER = Scorer("rds", rds, needs_heads=False, needs_target=True, per_target=True)

@@ -32,11 +32,15 @@ def check_rows(
         rows (`int` or `Sequence[int]`, *optional*, defaults to 0): As in [`prepare_samples`], for a part of a dataset.
 
     Raises:
-        `ValueError`: if there are no rows, none of the columns that are needed, a value is missing or of another type, or
-            there are conversations and no chat template.
+        `ValueError`: if there are no rows or a transform, none of the columns that are needed, a value is missing or of
+            another type, or there are conversations and no chat template.
     """
     if not len(dataset):
         raise ValueError(f"`{name}` has no rows.")
+    if dataset.format["type"] == "custom":  # which would be left out, without a word
+        raise ValueError(
+            f"`{name}` has a transform (`with_transform`), and rows are read from its columns. Apply it with `{name}.map(...)`."
+        )
     dataset = dataset.with_format(None)  # another format's rows are tables or arrays
     if "input_ids" in dataset.column_names:
         _check_tokens(dataset, name)

@@ -122,8 +122,8 @@ def prepare_samples(
         raise TypeError(
             f"`processing_class` must be a tokenizer (`PreTrainedTokenizerBase`), got {type(processing_class).__name__}."
         )
-    dataset = dataset.with_format(None)  # TRL and a `formatting_func` want rows of text, not tables or arrays
     check_rows(dataset, processing_class, args, formatting_func, name, rows)
+    dataset = dataset.with_format(None)  # TRL and a `formatting_func` want rows of text, not tables or arrays
     if dataset.cache_files:
         dataset = in_memory(dataset)
     preparer = _Preparer(processing_class, args, dataset[0])

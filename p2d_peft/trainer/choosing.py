@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers.trainer_utils import find_executable_batch_size
+from trl.trainer.sft_trainer import get_dataset_column_names
 
 from ..efficiency import StageCosts
 from ..heads import HeadScores, HeadSet, localize_heads
@@ -27,7 +28,14 @@ from .arguments import changed
 from .config import P2DConfig
 from .data_checks import check_datasets
 from .data_files import save_data_files
-from .reference import check_reference, count_tokens, epochs_of_run, find_reference, training_batches
+from .reference import (
+    check_reference,
+    count_tokens,
+    epochs_of_run,
+    find_reference,
+    is_sharded,
+    training_batches,
+)
 from .state import P2DState
 from .tokenized import tokenized
 
@@ -53,6 +61,9 @@ def choose(trainer: P2DTrainer) -> P2DState:
         trainer (`P2DTrainer`): A trainer before its adapter is attached.
     """
     args: P2DConfig = trainer.args
+    if (args.fp16_full_eval or args.bf16_full_eval) and not (is_sharded(trainer) or trainer.is_model_parallel):
+        # which Trainer puts off until the training begins, in case that there is none
+        trainer._move_model_to_device(trainer.model, args.device)
     here, there = model_device(trainer.model).type, trainer.accelerator.device.type
     if here != there:
         # under FSDP and DeepSpeed, Trainer leaves the model where it was loaded until it wraps it
@@ -252,4 +263,17 @@ def raw_where_another_tokenizer_reads(selector: P2DDataSelector, trainer: P2DTra
     theirs, ours = selector.engine.processing_class, trainer._tokenizer
     if theirs is ours or vocabulary(theirs) == vocabulary(ours):  # a vocabulary takes a while to list
         return pool
-    return pool.remove_columns(["input_ids", "labels"])
+    raw = pool.remove_columns(["input_ids", "labels"])
+    eos = ours.eos_token
+    if trainer._skip_prepare_dataset or eos is None:
+        return raw
+    # SFTTrainer has put it behind each text; it is another token there, or none but its letters
+    columns = [
+        name for name in get_dataset_column_names(raw) if name in (trainer.args.dataset_text_field, "completion")
+    ]
+
+    def without_eos(row: dict[str, Any]) -> dict[str, Any]:
+        return {name: row[name].removesuffix(eos) for name in columns if isinstance(row[name], str)}
+
+    with quiet_datasets():
+        return raw.map(without_eos) if columns else raw

@@ -81,7 +81,8 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             The heads, if they are known; nothing is localized then.
         selector (`P2DDataSelector`, *optional*):
             What selects the rows, in place of `scorer` and `data_ratio`: with policies, another scorer, or another
-            model. If it has heads and there are no others, these are trained.
+            model. If it has heads and there are no others, these are trained, but those of a model with other layers or
+            heads.
 
     Attributes:
         head_scores ([`HeadScores`] or `None`): The localization's result, once there is one.
@@ -240,8 +241,12 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             active = self.model.peft_config[self.model.active_adapter]
             if isinstance(active, HeadSparseConfig):
                 heads = active.head_set(ModelGeometry.of(self.model))
-        if heads is None and self.selector is not None:
-            heads = self.selector.engine.heads
+        if heads is None and self.selector is not None and self.selector.engine.heads is not None:
+            of_models = [ModelGeometry.of(model).heads for model in (self.selector.engine.model, self.model)]
+            if of_models[0] == of_models[1]:
+                heads = self.selector.engine.heads
+            elif self.wants_heads:
+                logger.info("The heads of `selector` are of another model; those to train are localized.")
         self.heads = None if heads is None else ModelGeometry.of(self.model).check(heads)
         if self.target_dataset is not None and not self._skip_prepare_dataset:
             if isinstance(self.target_dataset, Dataset):
@@ -426,13 +431,23 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         except (OSError, TypeError, ValueError) as error:  # a callback may log what is not for JSON
             logger.warning("The training's log is in `trainer.state` alone: %s", error)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        # Trainer saves weights in shards beside the optimizer's state, and then without `_save`
+        if self.is_fsdp_enabled and "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            self._save_beside(output_dir, is_whole=False)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
+        self._save_beside(output_dir, is_whole=state_dict is None)
+
+    def _save_beside(self, output_dir: str | None, is_whole: bool) -> None:
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
             if self._p2d_state is not None:
                 self._p2d_state.save(folder, self._clock.costs)
-            save_beside_model(self, folder, is_whole=state_dict is None)
+            save_beside_model(self, folder, is_whole)
             is_result = self.args.p2d and self.report is not None and not self.is_in_train
             if is_result and folder.resolve() == Path(self.args.output_dir).resolve():
                 # the last checkpoint's card says that the training was not finished

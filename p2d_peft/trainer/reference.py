@@ -136,6 +136,9 @@ def _estimated(
     if any(parameter.is_meta for parameter in model.parameters()):
         _warn_of_no_estimate("Some of the weights are offloaded, and full fine-tuning needs all of them.")
         return None
+    if is_sharded(trainer) and model_device(model).type != trainer.accelerator.device.type:
+        _warn_of_no_estimate("The model is brought to where it is trained only then.")
+        return None
     size = args.per_device_train_batch_size
     drawn = random_rows(trainer, pool, (args.reference_steps + 1) * size, pool_rows, pool_tokens)
     try:
@@ -163,6 +166,11 @@ def _estimated(
             args.reference_steps,
         )
     return reference
+
+
+def is_sharded(trainer: P2DTrainer) -> bool:
+    """Whether the training is spread by FSDP or DeepSpeed, which take the model only once it begins."""
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
 
 
 @contextmanager

@@ -476,3 +476,25 @@ def test_two_processes_are_one(tmp_path):
         for kind in ("dataset", "stream"):
             assert first[f"{scorer} {kind}"] == [expected, kept, 24]
     assert first["one shard"] == selector(scorer="perplexity").score(prompt_completion(4)).tolist()
+
+
+@pytest.mark.parametrize("holder", ["processing_class", "formatting_func"])
+def test_without_a_hash_of_what_scores_depend_on_none_are_kept(holder, tmp_path, caplog):
+    unpicklable = (number for number in ())
+    changes = (
+        {"formatting_func": lambda row: row["prompt"] + "".join(unpicklable)} if holder == "formatting_func" else {}
+    )
+    found = selector(cache_dir=tmp_path / "kept", **changes)
+    expected = selector(**changes).score(prompt_completion())
+    if holder == "processing_class":
+        found.engine.processing_class.source = unpicklable
+    assert torch.equal(found.score(prompt_completion()), expected)
+    assert f"`{holder}` cannot be hashed (cannot pickle 'generator' object). No scores are kept in" in caplog.text
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_transform_is_not_left_out_without_a_word():
+    pool = prompt_completion().with_transform(lambda rows: {"text": rows["completion"]})
+    for ask in (selector().score, selector().select, selector().estimate):
+        with pytest.raises(ValueError, match=r"`pool` has a transform \(`with_transform`\).*`pool.map"):
+            ask(pool)

@@ -4,6 +4,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional
 
+from p2d_peft.passed_tokens import passed_tokens
 from p2d_peft.selection import rds
 
 from ..tiny_data import prompt_completion
@@ -50,3 +51,11 @@ def test_adapters_are_part_of_the_model_and_the_head_is_not_run():
 def test_other_models_are_refused():
     with pytest.raises(ValueError, match="`scorer`='rds' needs a transformers model, but `model` is Linear"):
         scored(rds.SCORER, nn.Linear(1, 1), samples_of(), target=TARGET)
+
+
+def test_tokens_are_counted_and_no_hook_is_left():
+    model, samples = tiny_model(), samples_of()
+    with passed_tokens(model) as passed:
+        scored(rds.SCORER, model, samples, target=TARGET)
+    assert passed() == sum(map(len, samples.input_ids)) + sum(map(len, TARGET.input_ids))
+    assert not any(module._forward_hooks for module in model.modules())

@@ -210,6 +210,38 @@ class TestSelector:
         run.train()
         assert run.train_dataset["prompt"][:] == expected
 
+    def test_one_with_another_tokenizer_does_not_see_our_end_token(self, tmp_path):
+        other = tiny_tokenizer()
+        other.add_tokens(["copy"])
+        selector = P2DDataSelector(tiny_model(vocab_size=len(other)), other, scorer="perplexity", ratio=0.25)
+        texts = Dataset.from_list([{"text": row["prompt"] + row["completion"]} for row in rows(20)])
+        for pool, column in ((self.pool(), "completion"), (texts, "text")):
+            run = short_run(tmp_path, pool=pool, target=pool, selector=selector)
+            assert run.train_dataset[column][0] == pool[column][0] + run.processing_class.eos_token
+            seen = choosing.raw_where_another_tokenizer_reads(selector, run, run.train_dataset)
+            assert seen[column][:] == pool[column][:] and not {"input_ids", "labels"} & set(seen.column_names)
+
+    def test_heads_of_one_with_another_model_are_not_ours(self, tmp_path):
+        larger = tiny_model(num_hidden_layers=5)
+        selector = P2DDataSelector(
+            larger, tiny_tokenizer(), heads=HeadSet([(4, 1)]), target=prompt_completion(4, seed=1)
+        )
+        expected = selector.select(self.pool())
+        run = trainer(tmp_path, pool=self.pool(), selector=selector, changes={"reference_steps": 0, "max_steps": 1})
+        run.train()
+        assert run.report.localize_method == "proxy" and max(run.heads.layers) < 3
+        assert run.selector is selector and run.train_dataset["prompt"][:] == expected["prompt"][:]
+
+
+def test_a_model_that_is_evaluated_in_half_precision_is_where_it_trains_from_the_first_stage(tmp_path, monkeypatch):
+    run = trainer(tmp_path, changes={"bf16_full_eval": True, "use_cpu": True, "reference_steps": 0, "max_steps": 1})
+    calls = []
+    monkeypatch.setattr(run, "_move_model_to_device", lambda model, device: calls.append(device))
+    localize = choosing.localize_heads
+    monkeypatch.setattr(choosing, "localize_heads", lambda *a, **k: (calls.append("localize"), localize(*a, **k))[1])
+    run.train()
+    assert calls[:2] == [run.args.device, "localize"]
+
 
 def test_a_prompt_is_learnt_on_rows_that_were_scored_without_it(tmp_path):
     prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)

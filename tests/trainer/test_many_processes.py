@@ -12,6 +12,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from p2d_peft.heads.hub import HEADS_NAME
+from p2d_peft.trainer.state import STATE_NAME
+
 from ..tiny_models import tiny_model
 from .two_processes import main
 
@@ -53,6 +56,18 @@ def test_two_ranks_hold_what_one_process_holds(how, tmp_path):
     saved = PeftModel.from_pretrained(tiny_model(), tmp_path / "two").state_dict()
     for name, weight in weights.items():
         assert torch.equal(saved[name], load_file(tmp_path / "two" / "rank0.safetensors")[name]) and weight.any()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_in_shards_is_gone_on_from(tmp_path):
+    run = launch(str(tmp_path / "whole"), "fsdp2 in shards")
+    assert run.returncode == 0, run.stderr[-5000:]
+    first, _ = sorted((tmp_path / "whole").glob("checkpoint-*"))
+    assert {STATE_NAME, HEADS_NAME} <= {path.name for path in first.iterdir()}
+    run = launch(str(tmp_path / "resumed"), f"fsdp2 in shards, resumed from {first}")
+    assert run.returncode == 0, run.stderr[-5000:]
+    whole, resumed = (load_file(tmp_path / name / "rank0.safetensors") for name in ("whole", "resumed"))
+    assert resumed.keys() == whole.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 @pytest.mark.slow

@@ -171,3 +171,11 @@ def test_of_a_model_of_which_a_part_is_offloaded_there_is_no_estimate(tmp_path, 
     run.model.offloaded = torch.nn.Parameter(torch.empty(2, device="meta"), requires_grad=False)
     assert find_reference(run, run.train_dataset, 32, 1000, 1.0) is None
     assert "could not be estimated, so there will be no AER: Some of the weights are offloaded" in caplog.text
+
+
+def test_of_a_model_that_is_yet_to_be_brought_to_its_device_there_is_no_estimate(tmp_path, caplog, monkeypatch):
+    run = trainer(tmp_path, changes={"reference_steps": 1})
+    monkeypatch.setattr(module, "model_device", lambda model: torch.device("meta"))
+    run.is_fsdp_enabled = True
+    assert find_reference(run, run.train_dataset, 32, 1000, 1.0) is None
+    assert "so there will be no AER: The model is brought to where it is trained only then." in caplog.text

@@ -25,6 +25,7 @@ FSDP2 = {
     "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
     "state_dict_type": "FULL_STATE_DICT",
 }
+SHARDS = {**FSDP2, "state_dict_type": "SHARDED_STATE_DICT"}  # Accelerate's default
 # ZeRO-3 spreads the model as it is loaded, so heads and rows are chosen before.
 GIVEN = HeadSet([(0, 1), (1, 1), (2, 0)])
 
@@ -48,7 +49,8 @@ def main(folder: str, batch_size: int, how: str = "", is_chosen: bool = False) -
     if how == "zero3":  # from where it is loaded once there are arguments that say so
         model.save_pretrained(f"{folder}-{rank}")
         model = f"{folder}-{rank}"
-    sharded = {"fsdp": True, "fsdp_config": FSDP2} if how == "fsdp2" else {}
+    is_sharded = how.startswith("fsdp2")
+    sharded = {"fsdp": True, "fsdp_config": SHARDS if "shards" in how else FSDP2} if is_sharded else {}
     if how.startswith("zero"):
         take_gloo_for_gpus_of_deepspeed()
         options = {"deepspeed": deepspeed(int(how[-1]))}
@@ -84,7 +86,7 @@ def main(folder: str, batch_size: int, how: str = "", is_chosen: bool = False) -
     )
     if how == f"{rank} fails":
         choosing.localize_heads = fail
-    trainer.train()
+    trainer.train(resume_from_checkpoint=how.partition("resumed from ")[2] or None)
     trainer.save_model()
     if sharded:
         assert trainer.is_fsdp_enabled and any(isinstance(p, DTensor) for p in trainer.model.parameters())
