@@ -7,7 +7,7 @@ from p2d_peft import P2DDataSelector
 from p2d_peft.cli import main
 from p2d_peft.selection.policies import RoundRobin
 
-from ..tiny_data import prompt_completion
+from ..tiny_data import conversational, prompt_completion
 from ..tiny_models import tiny_model, tiny_tokenizer
 
 
@@ -71,3 +71,11 @@ def test_places_that_are_taken_are_told_before_any_work(options, message, folder
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["scores.png"]
     assert (tmp_path / "scores.png").read_text() == "precious"
+
+
+def test_conversations_into_a_csv_file_are_refused_before_a_model_is_loaded(folder, tmp_path, capsys):
+    conversational(4).to_json(tmp_path / "chats.jsonl")
+    command = ["select", "--model", "no-such-model", "--pool", f"{tmp_path}/chats.jsonl", "--scorer", "random"]
+    assert main([*command, "--output", f"{tmp_path}/kept.csv"]) == 2
+    assert "CSV cannot hold the column 'messages', which is nested" in capsys.readouterr().err
+    assert not (tmp_path / "kept.csv").exists()
