@@ -105,6 +105,10 @@ def attach(model: Any, config: HeadSparseConfig, heads: HeadSet, args: P2DConfig
         # as in SFTTrainer: ZeRO-3 gathers all parameters into buffers of one dtype
         kwargs["autocast_adapter_dtype"] = False
     put_back = modules_to_put_back(model)
+    # of a user's own making: PEFT's hook would hide it, and nobody could take it off any more
+    embeddings_need_gradients = bool(getattr(model, "_require_grads_hooks", None))
+    if embeddings_need_gradients:
+        model.disable_input_require_grads()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         adapted: PeftModel = get_peft_model(model, config, **kwargs)
@@ -112,6 +116,8 @@ def attach(model: Any, config: HeadSparseConfig, heads: HeadSet, args: P2DConfig
         put_back()
         for parameter in trained:
             parameter.requires_grad_(True)
+        if embeddings_need_gradients:
+            model.enable_input_require_grads()
         raise
     return adapted
 

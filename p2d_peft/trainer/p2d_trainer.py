@@ -389,6 +389,7 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             if self.args.activation_offloading:  # what is a weight, and stays where it is
                 self.maybe_activation_offload_context.update_model_params(self.model)
             if not (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+                self.model.get_base_model().disable_input_require_grads()  # PEFT's hook, which Trainer's would hide
                 self.add_callback(BackwardEndsAtLowestHead)
         # only now: what went wrong before leaves a trainer that can be trained again
         self.heads, self.train_dataset, self._p2d_state = state.heads, selected, state

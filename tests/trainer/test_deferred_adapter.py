@@ -35,10 +35,15 @@ def test_where_attaching_fails_model_and_trainer_are_what_they_were(tmp_path):
     assert {name for name, p in run.model.named_parameters() if p.requires_grad} == set(deltas(run.model))
 
 
+@pytest.mark.parametrize("by_user", [False, True])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_with_checkpoints_the_backward_pass_ends_at_the_lowest_head(use_reentrant, tmp_path):
-    changes = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
-    run = trainer(tmp_path, heads=HeadSet([(1, 2)]), changes={**changes, "data_ratio": 1.0, "max_steps": 1})
+def test_with_checkpoints_the_backward_pass_ends_at_the_lowest_head(use_reentrant, by_user, tmp_path):
+    kwargs = {"use_reentrant": use_reentrant}
+    changes = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
+    model = tiny_model()
+    if by_user:
+        model.gradient_checkpointing_enable(kwargs)  # and with it the embeddings' gradients
+    run = trainer(tmp_path, model, heads=HeadSet([(1, 2)]), changes={**changes, "data_ratio": 1.0, "max_steps": 1})
     passes = Counter()
     for index, layer in enumerate(run.model.model.layers):
         layer.self_attn.register_forward_pre_hook(lambda *_, index=index: passes.update([index]))
