@@ -3,16 +3,19 @@ Which rows and which weights to train: arms as a YAML file declares them, run an
 
     python benchmarks/run_evidence.py run benchmarks/evidence/profiles/small.yaml --jobs 2
     python benchmarks/run_evidence.py report
-    python benchmarks/run_evidence.py check benchmarks/evidence/profiles/paper.yaml
+    python benchmarks/run_evidence.py check benchmarks/evidence/profiles/paper_llama.yaml
+    python benchmarks/run_evidence.py compare RERUN
 
 `run` writes one file for each arm into `--output`, with which it goes on wherever it was stopped: what is there is not
 run again. SmolLM2-135M-Instruct and BIG-bench's rows come from PyPI. `report` writes `docs/results.md`, its pictures and the
-README's table from these files, or another `--page`. `check` says what a profile would run.
+README's table from these files, or another `--page`. `check` says what a profile would run, and `compare` whether a rerun
+ended where our run did.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -25,6 +28,7 @@ import torch
 from datasets.utils.logging import disable_progress_bar
 from environment import command
 from evidence import page, plots
+from evidence.compare import compare
 from evidence.profile import Profile
 from evidence.runner import Runner
 from evidence.schedule import run_all
@@ -34,7 +38,7 @@ from quickstart import HUB_MODEL
 from quickstart_data import fetch_model
 from transformers.utils import logging
 
-from p2d_peft.files import replacing
+from p2d_peft.files import replacing, write_json
 
 
 ROOT = Path(__file__).parent.parent
@@ -106,11 +110,20 @@ def main(argv: list[str] | None = None) -> None:
     checks = commands.add_parser("check", help="say what a profile would run")
     checks.add_argument("profile", type=Path)
     checks.add_argument("--only", nargs="+", metavar="TEXT", help="as for `run`")
+    compares = commands.add_parser("compare", help="say whether a rerun ended where an earlier run did")
+    compares.add_argument("rerun", type=Path, help="the --output of the rerun")
+    compares.add_argument("--output", type=Path, default=RESULTS, help="default: benchmarks/results/evidence")
+    compares.add_argument("--save", type=Path, help="where to write it as JSON")
     args = parser.parse_args(argv)
     if args.command == "run":
         run(args, arguments)
     elif args.command == "report":
         report(args.output, args.page, ROOT / "README.md" if args.page == PAGE else None)
+    elif args.command == "compare":
+        found = compare(args.rerun, args.output)
+        print(json.dumps({name: value for name, value in found.items() if name != "where"}, indent=2))
+        if args.save:
+            write_json(args.save, found)
     else:
         profile = Profile.read(args.profile)
         profile = profile.only(args.only) if args.only else profile

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh machine to the small profile's results, docs/results.md and its pictures; about an hour on two cores with fast
-# bfloat16 (AVX512-BF16 or AMX), several without.
+# From a fresh machine to the small profile's results, docs/results.md and its pictures; one hour to one and a half on two cores
+# with fast bfloat16 (AVX512-BF16 or AMX), several without.
 # Arms that have a result are not run again: for other numbers than ours, name an empty folder as RESULTS.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -175,6 +175,30 @@ def test_an_arm_is_the_same_when_it_is_run_again_alone(results, with_tiny_tasks,
     assert before == after
 
 
+def test_a_rerun_is_compared_with_the_first_run(results, tmp_path, capsys):
+    folder, _ = results
+    rerun = tmp_path / "rerun"
+    shutil.copytree(folder, rerun)
+    n_arms = len(list((rerun / "arms").iterdir()))
+    run_evidence.main(["compare", str(rerun), "--output", str(folder), "--save", str(tmp_path / "compared.json")])
+    found = json.loads((tmp_path / "compared.json").read_text())
+    assert json.loads(capsys.readouterr().out) == {name: found[name] for name in found if name != "where"}
+    # the arms without a target are judged on both
+    assert found["arms"] == n_arms and found["equal"] == found["judgements"] > n_arms
+    assert found["largest_difference"] == {"nll": 0, "exact_match": 0}
+    assert found["cpu_seconds"][0] == found["cpu_seconds"][1] > 0 and found["where"][0][0]["machine"]["cpus"] > 0
+    path = next(path for path in (rerun / "arms").iterdir() if "copy" in path.name)
+    arm = json.loads(path.read_text())
+    arm["test"]["copy"]["nll"] += 0.25
+    path.write_text(json.dumps(arm))
+    next(path for path in (rerun / "arms").iterdir() if "count" in path.name).unlink()
+    found = run_evidence.compare(rerun, folder)
+    assert (found["arms"], found["judgements"] - found["equal"]) == (n_arms - 1, 1)
+    assert found["largest_difference"]["nll"] == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="have no arm in common"):
+        run_evidence.compare(tmp_path, folder)
+
+
 def test_other_sizes_go_into_another_folder(results, with_tiny_tasks, tmp_path):
     _, arguments = results
     path = write_profile(tmp_path, problem={**a_profile()["problem"], "test_rows": 5})
