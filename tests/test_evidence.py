@@ -367,6 +367,8 @@ def test_the_report(results, tmp_path):
     n_tried = 2 * 2 + 2 + 2 + 2  # rates of heads, LoRA's one, one more cell's two, and the reference for two targets
     assert text.partition("learning rates that were tried")[2].count("| mixed |") == n_tried
     assert "Heads matter" in text and "## One task in a mixed pool" in text
+    # of other tasks than BIG-bench's there is no full profile
+    assert "the rows are those of copy, count. A pool has 20 rows of each task;" in text and "not-run" not in text
     for picture in ("aer.svg", "stages.svg", "heads.svg"):
         assert f"results/{picture}" in text
         assert (tmp_path / "docs" / "results" / picture).read_text().startswith("<?xml")

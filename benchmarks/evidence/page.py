@@ -11,7 +11,7 @@ from p2d_peft import P2DConfig
 from p2d_peft.files import read_json
 from p2d_peft.heads import HeadScores
 
-from . import claims
+from . import bigbench, claims
 from .choose import HEADS
 from .claims import EPOCHS, HELD, NOT_HELD, P2D, judge
 from .defaults import TRIED, measured
@@ -48,8 +48,7 @@ def page(evidence: Evidence, results: Path, pictures: list[str]) -> str:
         "of the layers score, `/robin` where the target's samples take turns. Weights are named by what is trained: "
         f"`heads:METHOD`, `/late` or `/last` for heads of the last two thirds or the last third, `heads-qo` without keys and values; `{P2D[0]}` with `{P2D[1]}` is what `P2DTrainer` does by default. `@` is a share other "
         "than a tenth.",
-        f"The model is {evidence.settings['model']}, the rows are BIG-bench's. A pool has {problem['pool_rows']} rows of each "
-        f"task; heads and rows are chosen with {problem['target_rows']} samples of the target that are not in it, the "
+        f"The model is {evidence.settings['model']}, the rows are {_source(evidence)}. {_pools(evidence)}; heads and rows are chosen with {problem['target_rows']} samples of the target that are not in it, the "
         f"learning rate with {problem['validation_rows']} held-out rows and the first seed, and tested are "
         f"{problem['test_rows']} other held-out rows. Batches of {training['batch_size']}, {training['dtype']}. Exact match is "
         "that of greedy answers. AER is the cost of all stages over that of full fine-tuning on the whole pool for as "
@@ -59,8 +58,9 @@ def page(evidence: Evidence, results: Path, pictures: list[str]) -> str:
         "that of the whole process, with what its earlier arms left in it.",
         "**Not run:** any model but this one, and the paper's own models and data, for which there are profiles "
         "(`paper_llama.yaml` and `paper_qwen.yaml` in `benchmarks/evidence/profiles`). What a run costs on a GPU, with random "
-        "weights, is in [Benchmarks](benchmarks.md#what-does-a-run-cost-on-a-gpu). What else there is to compare is "
-        "[at the end](#what-was-not-run).",
+        "weights, is in [Benchmarks](benchmarks.md#what-does-a-run-cost-on-a-gpu)."
+        + " What else there is to compare is [at the end](#what-was-not-run)."
+        * _is_bigbench(evidence),
         "## The claims",
         _claims(evidence),
         *(_picture(address) for address in pictures),
@@ -82,11 +82,31 @@ def page(evidence: Evidence, results: Path, pictures: list[str]) -> str:
         _rates(evidence),
         "## Where it was run",
         _provenance(evidence),
-        "## What was not run",
-        "Cells of the full profile (`benchmarks/evidence/profiles/full.yaml`) that have no arm for any target: pool, weights, rows.",
-        _not_run(evidence) or "None.",
     ]
+    if _is_bigbench(evidence):
+        parts += [
+            "## What was not run",
+            "Cells of the full profile (`benchmarks/evidence/profiles/full.yaml`) that have no arm for any target: pool, weights, "
+            "rows.",
+            _not_run(evidence) or "None.",
+        ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _is_bigbench(evidence: Evidence) -> bool:
+    return set(evidence.targets) <= set(bigbench.TASKS)
+
+
+def _source(evidence: Evidence) -> str:
+    return "BIG-bench's" if _is_bigbench(evidence) else f"those of {', '.join(evidence.targets)}"
+
+
+def _pools(evidence: Evidence) -> str:
+    problem = evidence.settings["problem"]
+    settings = {line.setting for line in evidence.lines.values()}
+    if settings == {"own"}:
+        return f"A pool has {problem['own_rows']} rows"
+    return f"A pool has {problem['pool_rows']} rows of each task"
 
 
 def _title(evidence: Evidence, results: Path) -> str:
