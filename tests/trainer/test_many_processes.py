@@ -68,6 +68,8 @@ def test_a_checkpoint_in_shards_is_gone_on_from(tmp_path):
     assert run.returncode == 0, run.stderr[-5000:]
     whole, resumed = (load_file(tmp_path / name / "rank0.safetensors") for name in ("whole", "resumed"))
     assert resumed.keys() == whole.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
+    saved = PeftModel.from_pretrained(tiny_model(), tmp_path / "resumed").state_dict()
+    assert all(torch.equal(saved[name], weight) for name, weight in whole.items())
 
 
 @pytest.mark.slow

@@ -87,6 +87,8 @@ def main(folder: str, batch_size: int, how: str = "", is_chosen: bool = False) -
     if how == f"{rank} fails":
         choosing.localize_heads = fail
     trainer.train(resume_from_checkpoint=how.partition("resumed from ")[2] or None)
+    if "shards" in how:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     if sharded:
         assert trainer.is_fsdp_enabled and any(isinstance(p, DTensor) for p in trainer.model.parameters())
