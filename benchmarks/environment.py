@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -56,4 +57,10 @@ def load_average() -> float | None:
 
 def command(script: str, arguments: list[str]) -> str:
     """The command line as it may be published: of each path only its last part."""
-    return " ".join(["python", f"benchmarks/{script}", *(re.sub(r"[^\s=]*/(?=[^/])", "", part) for part in arguments)])
+    return shlex.join(["python", f"benchmarks/{script}", *map(_without_folders, arguments)])
+
+
+def _without_folders(argument: str) -> str:
+    name, equals, value = argument.rpartition("=")
+    # a cell of a profile, such as `own gsm8k affinity:proxy/fifth`, is no path
+    return argument if re.search(r"[\s:]", value) else name + equals + re.sub(r".*/(?=[^/])", "", value)

@@ -371,6 +371,10 @@ def test_command_names_no_folder():
     assert environment.command("x.py", arguments) == (
         "python benchmarks/x.py --model model --train=c.jsonl --output out --lr 0.002"
     )
+    arguments = ["--dataset", "openai/gsm8k=../a/gsm8k", "--only", "affinity:proxy/fifth", "own gsm8k random/robin"]
+    assert environment.command("x.py", arguments) == (
+        "python benchmarks/x.py --dataset openai/gsm8k=gsm8k --only affinity:proxy/fifth 'own gsm8k random/robin'"
+    )
 
 
 # -- selection_cost.py

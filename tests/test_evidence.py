@@ -384,13 +384,16 @@ def test_the_report(results, tmp_path):
         run_evidence.report(folder, tmp_path / "docs" / "results.md", readme)
 
 
-def test_what_is_published_is_what_the_results_say():
-    """`docs/results.md` and the README's table are made by `run_evidence.py report`, and not by hand."""
-    evidence = summary.read_evidence(run_evidence.RESULTS)
-    found = {path.name for path in (ROOT / "docs" / "results").glob("*.svg")}
-    pictures = [f"results/{name}" for name in page.PICTURES if name in found]
-    text = page.page(evidence, run_evidence.RESULTS, pictures)
-    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == text
+@pytest.mark.parametrize(("folder", "name"), [("evidence", "results"), ("evidence_gsm8k", "gsm8k")])
+def test_what_is_published_is_what_the_results_say(folder, name):
+    """These pages and the README's table are made by `run_evidence.py report`, and not by hand."""
+    results = run_evidence.RESULTS.with_name(folder)
+    evidence = summary.read_evidence(results)
+    found = {path.name for path in (ROOT / "docs" / name).glob("*.svg")}
+    pictures = [f"{name}/{picture}" for picture in page.PICTURES if picture in found]
+    assert (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") == page.page(evidence, results, pictures)
+    if name != "results":
+        return
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert page.with_results(readme, page.readme_table(evidence)) == readme
 

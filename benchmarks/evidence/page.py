@@ -113,7 +113,7 @@ def _title(evidence: Evidence, results: Path) -> str:
     if results.name == MAIN:
         return "# Results"
     gpus = {where["machine"].get("gpu") for where in evidence.provenance} - {None}
-    return f"# Results on {', '.join(sorted(gpus))}" if gpus else f"# Results: {results.name}"
+    return f"# Results on {', '.join(sorted(gpus))}" if gpus else f"# Results: {results.name.removeprefix(MAIN + '_')}"
 
 
 def _to_rerun(evidence: Evidence, results: Path) -> str:
