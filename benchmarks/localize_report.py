@@ -55,7 +55,8 @@ def _groups(rows: Iterable[Row], *keys: str) -> dict[tuple, list[Row]]:
     return groups
 
 
-def _distinct(values: Iterable[Any]) -> list[Any]:
+def distinct(values: Iterable[Any]) -> list[Any]:
+    """Each value once, in the order in which they come first; they need not be hashable."""
     found: list[Any] = []
     for value in values:
         if value not in found:
@@ -88,8 +89,8 @@ def summarize(folder: Path, times: bool = True) -> Row:
     methods.sort(key=lambda row: (-row["ratio"], row["lr"], row["choice"], row["nll"]))
     return {
         "settings": read_json(folder / SETTINGS),
-        "commands": _distinct(arm["command"] for arm in arms),
-        "environments": _distinct({"machine": arm["machine"], "versions": arm["versions"]} for arm in arms),
+        "commands": distinct(arm["command"] for arm in arms),
+        "environments": distinct({"machine": arm["machine"], "versions": arm["versions"]} for arm in arms),
         "seeds": sorted({arm["seed"] for arm in arms}),
         "control": dict(zip(("method", "choice"), CONTROL, strict=True)),
         "base": [read_json(path) for path in sorted((folder / BASE).glob("*.json"))],

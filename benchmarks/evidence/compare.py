@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from localize_report import distinct
+
 from p2d_peft.files import read_json
 
 from .runner import ARMS
@@ -42,7 +44,7 @@ def compare(here: Path, there: Path) -> dict[str, Any]:
         "equal": sum(not any(of_metrics) for of_metrics in zip(*differences.values(), strict=True)),
         "largest_difference": {name: max(values) for name, values in differences.items()},
         "cpu_seconds": [sum(_cpu_seconds(pair[side]) for pair in pairs) for side in range(2)],
-        "where": [_distinct([_where(pair[side]) for pair in pairs]) for side in range(2)],
+        "where": [distinct(_where(pair[side]) for pair in pairs) for side in range(2)],
     }
 
 
@@ -52,7 +54,3 @@ def _cpu_seconds(arm: dict[str, Any]) -> float:
 
 def _where(arm: dict[str, Any]) -> dict[str, Any]:
     return {name: arm[name] for name in ("machine", "versions", "command")}
-
-
-def _distinct(values: list[Any]) -> list[Any]:
-    return [value for index, value in enumerate(values) if value not in values[:index]]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from localize_report import RESAMPLES, bootstrap
+from localize_report import RESAMPLES, bootstrap, distinct
 
 from p2d_peft.files import read_json
 
@@ -150,11 +150,7 @@ def read_evidence(folder: Path) -> Evidence:
             if tests:
                 line = Line(setting, tested, data, parameters, epochs, lr, kept, tests)
                 lines[setting, tested, data, parameters, epochs] = line
-    provenance: list[Result] = []
-    for result in results:
-        where = {name: result[name] for name in ("machine", "versions", "threads")}
-        if where not in provenance:
-            provenance.append(where)
+    provenance = distinct({name: result[name] for name in ("machine", "versions", "threads")} for result in results)
     tried = [result for result in results if result["validation"]]
     commands = list(dict.fromkeys(result["command"] for result in results))
     return Evidence(read_json(folder / SETTINGS), base, lines, tried, len(results), provenance, commands)

@@ -11,7 +11,7 @@ from torch import nn
 from ..heads import HeadSet, ModelGeometry
 
 
-class _DeepestHeadReached(Exception):  # noqa: N818 (a signal, as StopIteration is)
+class RestNotNeeded(Exception):  # noqa: N818 (a signal, as StopIteration is)
     """Ends a forward pass of which the rest is not needed."""
 
 
@@ -44,13 +44,13 @@ def captured_head_outputs(
             outputs = args[0].index_select(-1, columns.to(args[0].device))
             seen[layer] = outputs.unflatten(-1, (len(by_layer[layer]), units.size))
             if layer == deepest:
-                raise _DeepestHeadReached
+                raise RestNotNeeded
 
         return keep
 
     def run(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         seen.clear()
-        with suppress(_DeepestHeadReached):
+        with suppress(RestNotNeeded):
             model(**batch, use_cache=False)
         device = seen[deepest].device
         return torch.cat([seen[layer].to(device) for layer in sorted(by_layer)], dim=2)

@@ -10,12 +10,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .head_outputs import RestNotNeeded
 from .scoring import Scorer, ScoreRows, ScoringContext
 from .similarity import similarity_to_target
-
-
-class _LastLayerPassed(Exception):  # noqa: N818 (a signal, as StopIteration is)
-    """Ends a forward pass before the LM head."""
 
 
 @contextmanager
@@ -45,12 +42,12 @@ def rds(context: ScoringContext) -> Iterator[ScoreRows]:
 
     def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen.append(output.last_hidden_state)
-        raise _LastLayerPassed
+        raise RestNotNeeded
 
     def features(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Shape (B, hidden size), float32."""
         mask_BT = batch["attention_mask"]
-        with suppress(_LastLayerPassed):
+        with suppress(RestNotNeeded):
             context.model(input_ids=batch["input_ids"], attention_mask=mask_BT, use_cache=False)
         hidden_BTE = seen.pop().float()
         weights_BT = (mask_BT.cumsum(1) * mask_BT).to(hidden_BTE)
