@@ -237,7 +237,7 @@ class ScoringEngine:
     def _fingerprint(self, sample: Samples | None, target: Samples | None) -> dict[str, str]:
         named = {
             "per_target": str(self.per_target),
-            "scorer_options": self.scorer.options,
+            "scorer_options": hash_of("scorer", self.scorer.options),
             "formatting_func": hash_of("formatting_func", self.formatting_func),
         }
         return named | run_fingerprint(

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from datasets.fingerprint import Hasher
 from torch import nn
 from torch.nn import functional
 from transformers import DynamicCache
@@ -56,9 +55,7 @@ def icl_scorer(metric: Metric) -> Scorer:
     >>> scorer = icl_scorer(lambda answer, right: float(answer == right))
     ```
     """
-    return Scorer(
-        "icl", partial(icl, metric=metric), needs_heads=True, needs_target=True, options=str(Hasher.hash(metric))
-    )
+    return Scorer("icl", partial(icl, metric=metric), needs_heads=True, needs_target=True, options=metric)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -119,8 +119,9 @@ class Scorer:
             which some policies need.
         passes (`int`, *optional*, defaults to 1): How often a row passes through [`ScoringContext.batches`].
         whole_pool (`bool`, *optional*, defaults to `False`): Whether all samples of the pool have to be in one call.
-        options (`str`, *optional*, defaults to `""`): What its scores depend on beside the context and its name. Where
-            name and options are those of an earlier run, scores in a `cache_dir` are taken over.
+        options (`Any`, *optional*): What its scores depend on beside the context and its name: a number, a tuple, a
+            function. Where name and options are those of an earlier run, scores in a `cache_dir` are taken over; where they
+            cannot be pickled none are kept.
     """
 
     name: str
@@ -131,4 +132,4 @@ class Scorer:
     per_target: bool = False
     passes: int = 1
     whole_pool: bool = False
-    options: str = ""
+    options: Any = None

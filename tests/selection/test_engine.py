@@ -478,12 +478,14 @@ def test_two_processes_are_one(tmp_path):
     assert first["one shard"] == selector(scorer="perplexity").score(prompt_completion(4)).tolist()
 
 
-@pytest.mark.parametrize("holder", ["processing_class", "formatting_func"])
+@pytest.mark.parametrize("holder", ["processing_class", "formatting_func", "scorer"])
 def test_without_a_hash_of_what_scores_depend_on_none_are_kept(holder, tmp_path, caplog):
     unpicklable = (number for number in ())
-    changes = (
-        {"formatting_func": lambda row: row["prompt"] + "".join(unpicklable)} if holder == "formatting_func" else {}
-    )
+    changes = {
+        "processing_class": {},
+        "formatting_func": {"formatting_func": lambda row: row["prompt"] + "".join(unpicklable)},
+        "scorer": {"scorer": replace(_SCORERS["perplexity"], options=unpicklable)},
+    }[holder]
     found = selector(cache_dir=tmp_path / "kept", **changes)
     expected = selector(**changes).score(prompt_completion())
     if holder == "processing_class":
