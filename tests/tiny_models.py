@@ -128,6 +128,12 @@ _GATED_HYBRID = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
+_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
 _DEEPSEEK = {
     **_COMMON,
     "num_hidden_layers": 2,
@@ -246,13 +252,7 @@ LAYOUTS: dict[str, Layout] = {
     "gpt2": Layout("GPT2Config", _GPT2_SIZES, {1: "transformer.h.1.attn.c_proj"}),
     "qwen3-next": Layout(
         "Qwen3NextConfig",
-        {
-            **_GATED_HYBRID,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "shared_expert_intermediate_size": 16,
-        },
+        {**_GATED_HYBRID, **_EXPERTS},
         _LLAMA,
         groups=2,
     ),
@@ -357,6 +357,24 @@ LAYOUTS: dict[str, Layout] = {
         _BART_PROJECTIONS,
         auto="AutoModelForSpeechSeq2Seq",
         inputs="speech",
+    ),
+}
+
+# Layouts of the models above in other classes: only tests/heads/test_layouts.py tries them.
+SIBLINGS: dict[str, Layout] = {
+    "qwen3.5-moe": Layout("Qwen3_5MoeTextConfig", {**_GATED_HYBRID, **_EXPERTS}, _LLAMA, groups=2),
+    "olmo-hybrid": Layout("OlmoHybridConfig", _GATED_HYBRID, _LLAMA, groups=2),
+    "kimi-linear": Layout(
+        "KimiLinearConfig",
+        {
+            **_DEEPSEEK,
+            "q_lora_rank": None,
+            "layer_types": ["linear_attention", "full_attention"],
+            "mlp_layer_types": ["dense", "dense"],
+            "linear_head_dim": 8,
+            "linear_num_heads": 2,
+        },
+        _LLAMA,
     ),
 }
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from ..dataset_files import read_dataset
 from ..files import check_writable
-from ..heads import localize_heads
+from ..heads import HeadScores, HeadSet, localize_heads
 from ..heads.localize import LocalizeMethod
 from ..model_state import model_device
 from .common import DATA, add_model, check_plot, count, load_model, load_tokenizer, save_plot, share
@@ -54,19 +54,24 @@ def run(args: argparse.Namespace) -> None:
     samples = prepare_samples(data, tokenizer, config, name="data")
     model = load_model(args)
     batches = [batch for _, batch in samples.batches(args.batch_size, model_device(model))]
+    _choose(localize_heads(model, [], method="random"), args)  # whether that many heads can be had is told at once
     scores = localize_heads(model, batches, method=args.method, seed=args.seed)
-    heads = scores.top(
+    if args.scores:
+        scores.save(args.scores)
+        print(f"all scores written to {args.scores}")
+    heads = _choose(scores, args)
+    heads.save(args.output)
+    print(f"{len(heads)} of {scores.n_heads} heads by {args.method} in {scores.seconds:.1f} s: {heads.by_layer()}")
+    print(f"written to {args.output}")
+    if args.plot:
+        save_plot(scores.plot(heads), args.plot)
+
+
+def _choose(scores: HeadScores, args: argparse.Namespace) -> HeadSet:
+    return scores.top(
         args.ratio,
         per_layer=args.per_layer or "even",
         per_group=args.per_group,
         first_layers=args.first_layers,
         last_layers=args.last_layers,
     )
-    heads.save(args.output)
-    print(f"{len(heads)} of {scores.n_heads} heads by {args.method} in {scores.seconds:.1f} s: {heads.by_layer()}")
-    print(f"written to {args.output}")
-    if args.scores:
-        scores.save(args.scores)
-        print(f"all scores written to {args.scores}")
-    if args.plot:
-        save_plot(scores.plot(heads), args.plot)

@@ -13,15 +13,16 @@ from transformers.pytorch_utils import Conv1D
 
 from .attention_geometry import COLUMNS, ROLES, ROWS, AttentionGeometry, Role, Units
 from .head_set import Layer, layer_order
-from .layouts import AttentionLayout, HeadSizes, Size, layouts_of
+from .layouts import AttentionLayout, HeadSizes, Size, layouts_of, why_no_slices
 
 
 HOW_TO_DESCRIBE = (
     "If its heads are slices of linear layers, describe them with `p2d_peft.heads.register_attention_layout`"
 )
+_NOT_DESCRIBABLE = "No layout can describe that; LoRA trains such a model"
 # State-space and linear-attention layers of hybrids have no softmax over positions, so what they call heads are no
 # attention heads; most have other projections as well.
-_NOT_SOFTMAX = re.compile(r"(Delta|Linear|Lightning)Attention$")
+_NOT_SOFTMAX = re.compile(r"((Delta|(?<!Kimi)Linear|Lightning)Attention|GatedDeltaNet)$")  # Kimi Linear's own name is in its softmax one
 _CROSS_ATTENTION = {"encoder_attn", "EncDecAttention", "crossattention", "cross_attn", "cross_attention"}
 
 
@@ -34,16 +35,20 @@ def find_attentions(model: nn.Module) -> dict[Layer, AttentionGeometry]:
 
     Raises:
         `ValueError`: if a module is attention of a layout that is not known, or two have the same address. The message
-            names the module, what was found there and how to describe it.
+            names the module, what was found there and how to describe it, if it can be.
     """
     modules = dict(model.named_modules())
     towers = _other_towers(model, modules)
     found: list[AttentionGeometry] = []
-    refused: dict[str, str] = {}
+    refused: dict[str, tuple[str, str]] = {}  # what is wrong with a module, and the way out
     unknown: list[str] = []
     done = "\0"  # no name starts with it
     for name, module in modules.items():
         if name.startswith((done, *towers)) or _NOT_SOFTMAX.search(type(module).__name__):
+            continue
+        no_slices = why_no_slices(module)
+        if no_slices is not None:
+            refused[name] = (f"{_what(modules, name)} {no_slices}", _NOT_DESCRIBABLE)
             continue
         layouts, known = layouts_of(module)
         layout = next((layout for layout in layouts if _has(modules, name, layout)), None)
@@ -52,20 +57,22 @@ def find_attentions(model: nn.Module) -> dict[Layer, AttentionGeometry]:
             try:
                 found.append(_read(modules, name, layout))
             except ValueError as error:
-                refused[name] = str(error)
+                refused[name] = (str(error), HOW_TO_DESCRIBE)
         elif known or _looks_like_attention(module):
             unknown.append(name)
     # Some attention modules wrap others (BertAttention around BertSelfAttention). The innermost ones count.
     inner = [attention.name for attention in found] + list(refused) + unknown
     for name in unknown:
         if not any(other.startswith(f"{name}." if name else "") for other in inner if other != name):
-            refused[name] = f"{_what(modules, name)} is of no known layout: it has {_contents(modules[name])}"
+            wrong, way_out = "is of no known layout", HOW_TO_DESCRIBE
+            if _lacks_keys_or_values(modules[name]):
+                # Gemma 4 and 3n: they are another layer's, or the values are the keys
+                wrong, way_out = "does not project both keys and values of its own", _NOT_DESCRIBABLE
+            refused[name] = (f"{_what(modules, name)} {wrong}: it has {_contents(modules[name])}", way_out)
     if refused:
+        wrong, way_out = next(iter(refused.values()))
         more = f" (and {len(refused) - 1} more like it)" if len(refused) > 1 else ""
-        raise ValueError(
-            f"Unsupported attention in `model` ({type(model).__name__}): {next(iter(refused.values()))}{more}. "
-            f"{HOW_TO_DESCRIBE}."
-        )
+        raise ValueError(f"Unsupported attention in `model` ({type(model).__name__}): {wrong}{more}. {way_out}.")
     return _by_address(model, modules, found)
 
 
@@ -108,6 +115,18 @@ def _looks_like_attention(module: nn.Module) -> bool:
         return True
     has_parameters = any(True for _ in module.parameters())
     return has_parameters and re.search(r"Attention\d*$", type(module).__name__) is not None
+
+
+def _lacks_keys_or_values(module: nn.Module) -> bool:
+    """Whether a module has queries and an output of some layout, and nothing that could be its keys or its values."""
+    projections = {
+        name
+        for name, child in module.named_children()
+        # a child that has children may hold one of them
+        if isinstance(base_layer(child), (nn.Linear, Conv1D)) or next(child.children(), None) is not None
+    }
+    layouts, _ = layouts_of(module)
+    return any({layout.q, layout.o} <= projections < {layout.module(role) for role in ROLES} for layout in layouts)
 
 
 def _full_name(attention: str, path: str) -> str:

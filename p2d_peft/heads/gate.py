@@ -10,7 +10,7 @@ from torch import nn
 from ..model_state import model_device
 from .gates import gated
 from .geometry import ModelGeometry
-from .gradients import summed
+from .gradients import gradients_of, summed
 from .samples import Batch, nothing_counts, right_padded, rows_of, sample_losses
 from .weights import LayerScores, require_only
 
@@ -68,7 +68,8 @@ def gate_gradients(model: nn.Module, geometry: ModelGeometry, batch: Batch) -> l
     with gated(model, geometry, gates):
         # a sample's loss does not depend on the other samples' gates
         loss = sample_losses(model, right_padded(rows)).sum()
-    gradients = [gradient.cpu().double() for gradient in torch.autograd.grad(loss, list(gates.values()))]
+    found = gradients_of(loss, {geometry[layer].units("o").module: gate for layer, gate in gates.items()})
+    gradients = [gradient.cpu().double() for gradient in found.values()]
     return [
         {layer: gradient[index] for layer, gradient in zip(gates, gradients, strict=True)}
         for index in range(len(rows))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -30,21 +30,38 @@ def sample_gradients(
         (out_features, in_features), in float32 or the weight's dtype if that is wider.
 
     Raises:
-        `ValueError`: if no sample has a token that counts.
+        `ValueError`: if no sample has a token that counts, or the loss does not depend on one of the weights.
     """
     require_only(model, weights)
     n_samples = 0
     for row in single_rows(batches, model):
         (loss,) = sample_losses(model, row)
-        # autograd.grad leaves every .grad of the model alone
-        gradients = torch.autograd.grad(loss, [weight.parameter for weight in weights.values()])
+        gradients = gradients_of(loss, {name: weight.parameter for name, weight in weights.items()})
         yield {
-            name: weight.as_linear(gradient.to(torch.promote_types(gradient.dtype, torch.float32)))
-            for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
+            name: weights[name].as_linear(gradient.to(torch.promote_types(gradient.dtype, torch.float32)))
+            for name, gradient in gradients.items()
         }
         n_samples += 1
     if not n_samples:
         raise nothing_counts()
+
+
+def gradients_of(loss: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    The gradients of a loss for tensors, by their names, which every `.grad` of the model is left alone by.
+
+    Raises:
+        `ValueError`: if the loss does not depend on one of them; the message names the first one.
+    """
+    found = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
+    gradients = dict(zip(tensors, found, strict=True))
+    for name, gradient in gradients.items():
+        if gradient is None:
+            raise ValueError(
+                f"The loss on `batches` does not depend on {name!r}: it did not run, as cross-attention to images does not on "
+                "text alone, or an adapter runs in its place. Pass the part of the model that is meant, or merge the adapter."
+            )
+    return gradients
 
 
 def summed(scores: Iterable[LayerScores]) -> tuple[LayerScores, int]:

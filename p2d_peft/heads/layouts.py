@@ -128,6 +128,7 @@ _BY_CLASS: dict[str, tuple[AttentionLayout, ...]] = {
     "Phi3Attention": (AttentionLayout("qkv_proj", "qkv_proj", "qkv_proj", "o_proj"),),
     "Qwen3NextAttention": (_GATED,),
     "Qwen3_5Attention": (_GATED,),
+    "Qwen3_5MoeAttention": (_GATED,),
 }
 _BY_PROJECTIONS: tuple[AttentionLayout, ...] = (
     AttentionLayout(),  # Llama and its kin
@@ -140,6 +141,14 @@ _BY_PROJECTIONS: tuple[AttentionLayout, ...] = (
     AttentionLayout("q_b_proj", "kv_b_proj", "kv_b_proj", order="groups", **_MLA_SIZES),
     AttentionLayout("q_proj", "kv_b_proj", "kv_b_proj", order="groups", **_MLA_SIZES),
 )
+
+# Classes with the projections of a layout, but whose heads are not slices of them, and how that is.
+_NO_SLICES: dict[str, str] = {
+    "DiffLlamaAttention": (
+        "subtracts the attention of one half of its heads from the other half's, so that what it hands on is of two "
+        "heads each, and not of the slices of one"
+    ),
+}
 
 
 def register_attention_layout(attention_class: type[nn.Module] | str, *layouts: AttentionLayout) -> None:
@@ -172,6 +181,18 @@ def register_attention_layout(attention_class: type[nn.Module] | str, *layouts: 
         check_type("layouts", layout, (AttentionLayout,), "`AttentionLayout`s")
     name = attention_class if isinstance(attention_class, str) else attention_class.__name__
     _BY_CLASS[name] = layouts
+
+
+def why_no_slices(module: nn.Module) -> str | None:
+    """
+    How the heads of a module's class are no slices of its projections, as a predicate; `None` where they may be.
+
+    Args:
+        module (`nn.Module`): Any module.
+    """
+    bases = [base.__name__ for base in type(module).__mro__]
+    # who registers a layout for such a class has the last word
+    return next((_NO_SLICES[base] for base in bases if base in _NO_SLICES and base not in _BY_CLASS), None)
 
 
 def layouts_of(module: nn.Module) -> tuple[tuple[AttentionLayout, ...], bool]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, TypeAlias
 
 import torch
 from torch import nn
+from transformers.trainer_utils import has_length
 from transformers.utils.logging import tqdm
 
 from ..argument_checks import check_choice, is_index
@@ -24,7 +25,7 @@ from .geometry import ModelGeometry
 from .magnitude import magnitude_scores
 from .proxy import proxy_scores
 from .random import random_scores
-from .samples import Batch, is_encoder_decoder
+from .samples import IGNORED, Batch, is_encoder_decoder
 from .scores import HeadScores
 from .taylor import taylor_scores
 from .trained import trained_scores
@@ -206,7 +207,8 @@ class _Counted:
         self._desc = f"Localize ({method})"
 
     def __iter__(self) -> Iterator[Batch]:
-        total = len(self.batches) if isinstance(self.batches, Sized) else None
+        # a loader of a stream has a `__len__`, too, which raises
+        total = len(self.batches) if has_length(self.batches) else None  # type: ignore[arg-type]
         with tqdm(total=total, desc=self._desc, unit="batch") as bar:
             for batch in self.batches:
                 self._check(batch)
@@ -231,5 +233,6 @@ class _Counted:
                 f"`batches` holds 'input_ids' of shape {tuple(input_ids.shape)} with 'labels' of shape "
                 f"{tuple(labels.shape)}, but each token has one label, -100 where it does not count."
             )
-        if input_ids.numel():
-            check_vocabulary("batches", int(input_ids.min()), int(input_ids.max()), self._model)
+        for values in (input_ids, labels[labels != IGNORED]):
+            if values.numel():
+                check_vocabulary("batches", int(values.min()), int(values.max()), self._model)

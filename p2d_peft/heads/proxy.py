@@ -9,6 +9,7 @@ from torch import nn
 
 from ..model_state import model_device, where_float64_is
 from .geometry import AttentionGeometry, ModelGeometry, Role
+from .gradients import gradients_of
 from .samples import IGNORED, Batch, nothing_counts, predicted, token_losses
 from .weights import AttentionWeights, LayerScores, attention_weights, head_slices, require_only
 
@@ -64,7 +65,7 @@ def proxy_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[Ba
             if not n_counted:
                 continue
             optimizer.zero_grad()
-            _add_gradients(model, list(parameters.values()), list(masters.values()), batch, n_counted)
+            _add_gradients(model, parameters, masters, batch, n_counted)
             optimizer.step()
             with torch.no_grad():
                 for name, parameter in parameters.items():
@@ -84,7 +85,11 @@ def proxy_scores(model: nn.Module, geometry: ModelGeometry, batches: Iterable[Ba
 
 
 def _add_gradients(
-    model: nn.Module, parameters: list[nn.Parameter], masters: list[nn.Parameter], batch: Batch, n_counted: int
+    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    masters: dict[str, nn.Parameter],
+    batch: Batch,
+    n_counted: int,
 ) -> None:
     """Add the gradients of the mean loss over the batch's tokens that count to the masters', for a few rows at a time."""
     device, n_tokens = model_device(model), batch["labels"].shape[1]
@@ -99,8 +104,8 @@ def _add_gradients(
         if not (predicted(model, part["labels"]) != IGNORED).any():
             continue
         loss = token_losses(model, part).sum() / n_counted
-        # autograd.grad leaves every .grad of the model alone
-        for master, gradient in zip(masters, torch.autograd.grad(loss, parameters), strict=True):
+        for name, gradient in gradients_of(loss, parameters).items():
+            master = masters[name]
             master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
 
 

@@ -64,7 +64,7 @@ def rows_of(batch: Batch, model: nn.Module) -> list[dict[str, torch.Tensor]]:
 
 def _samples_of_row(batch: Batch, index: int) -> list[slice | torch.Tensor]:
     """Where the samples of a row are: what the mask keeps, or from one start of the positions to the next."""
-    if "attention_mask" in batch:
+    if batch.get("attention_mask") is not None:
         return [batch["attention_mask"][index].bool()]
     positions = batch.get("position_ids")
     if positions is None or positions.shape != batch["input_ids"].shape:
@@ -138,7 +138,7 @@ def token_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
     first = logits.shape[1] - batch["labels"].shape[1]
     logits = logits[0] if seen else logits[:, first : first + labels.shape[1]][counts]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = nn.functional.cross_entropy(logits, labels.to(logits.device)[counts], reduction="none")
+    losses = nn.functional.cross_entropy(logits, labels.to(logits.device)[counts].long(), reduction="none")
     return torch.zeros(labels.shape, dtype=losses.dtype, device=losses.device).masked_scatter(counts, losses)
 
 

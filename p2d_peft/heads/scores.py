@@ -25,7 +25,7 @@ from .choice import (
     number_of_heads,
 )
 from .comparison import Comparison, spearman
-from .head_set import HeadSet, Layer, is_layer
+from .head_set import HeadSet, Layer, is_layer, layer_order
 
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class HeadScores:
 
     Raises:
         `ValueError`: if `values` is not a two-dimensional table or holds an infinity, `layers` does not name each row
-            once, or `n_kv_heads` does not divide the heads of each.
+            once and in ascending order, or `n_kv_heads` does not divide the heads of each.
     """
 
     values: torch.Tensor
@@ -87,6 +87,10 @@ class HeadScores:
             )
         if len(set(layers)) != len(values) or len(layers) != len(values):
             raise ValueError(f"`layers` must name each of the {len(values)} rows of `values` once, got {layers}.")
+        if list(layers) != sorted(layers, key=layer_order):
+            raise ValueError(
+                f"`layers` must be in ascending order, which `first_layers` goes by, got {shown(layers)}."
+            )
         heads = (~values.isnan()).sum(dim=1).tolist()
         n_kv_heads = tuple(self.n_kv_heads) or tuple(heads)
         if len(n_kv_heads) != len(heads) or not all(map(_divides, n_kv_heads, heads)):
@@ -352,6 +356,8 @@ def _table(rows: Any) -> torch.Tensor:
     for value in (value for row in rows for value in row):
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise ValueError(f"'values' must hold numbers and None, got {shown(value)}.")
-    return torch.tensor(
-        [[math.nan if value is None else float(value) for value in row] for row in rows], dtype=torch.float64
-    )
+    try:
+        numbers = [[math.nan if value is None else float(value) for value in row] for row in rows]
+    except OverflowError as error:
+        raise ValueError("'values' holds an integer that is too long for a float.") from error
+    return torch.tensor(numbers, dtype=torch.float64)

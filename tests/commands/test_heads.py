@@ -2,6 +2,7 @@ import pytest
 
 from p2d_peft import HeadScores, HeadSet
 from p2d_peft.cli import main
+from p2d_peft.heads.random import random_scores
 
 
 def test_heads_are_found_and_written(folder, heads):
@@ -22,3 +23,11 @@ def test_heads_of_the_last_layers(folder, heads, capsys):
     with pytest.raises(SystemExit):
         main([*command, "--last-layers", "0.33", "--first-layers", "0.33", *files])
     assert "not allowed with argument" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--per-layer", "1", "--ratio", "0.5"], ["--per-group", "1", "--ratio", "0.9"]])
+def test_heads_that_cannot_be_had_are_refused_before_they_are_looked_for(options, folder, capsys, monkeypatch):
+    monkeypatch.setattr("p2d_peft.heads.localize._METHODS", {"random": random_scores, "gate": pytest.fail})
+    command = ["heads", "--model", f"{folder}/model", "--data", f"{folder}/target.parquet", "--method", "gate"]
+    assert main([*command, "--output", f"{folder}/none.json", *options]) == 2
+    assert "ask for fewer heads" in capsys.readouterr().err

@@ -187,7 +187,7 @@ def no_heads(folder):
 
 
 def more_weights(folder):
-    key = "base_model.model.model.layers.0.mlp.up_proj.head_sparse_delta"
+    key = "base_model.model.model.layers.0.mlp.up_proj.head_sparse_delta.weight"
     save_file({**load_file(folder / WEIGHTS), key: torch.ones(2)}, folder / WEIGHTS)
 
 
@@ -218,7 +218,7 @@ def test_an_adapter(adapter, damage, base, error, said, tmp_path):
 def test_an_adapter_that_lacks_weights_is_a_warning(adapter, tmp_path):
     shutil.copytree(adapter, tmp_path / "adapter")
     weights = load_file(tmp_path / "adapter" / WEIGHTS)
-    del weights["base_model.model.model.layers.1.self_attn.q_proj.head_sparse_delta"]
+    del weights["base_model.model.model.layers.1.self_attn.q_proj.head_sparse_delta.weight"]
     save_file(weights, tmp_path / "adapter" / WEIGHTS)
     with pytest.warns(UserWarning, match=r"missing adapter keys .*layers\.1\.self_attn\.q_proj\.head_sparse_delta"):
         PeftModel.from_pretrained(tiny_model(), str(tmp_path / "adapter"))

@@ -149,6 +149,65 @@ def test_other_attention_is_refused(model, named):
     assert [name for name, _ in model.named_modules()] == before
 
 
+def _empty(auto_class, config, **changes):
+    """A model of some 4 heads a layer, on the meta device."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if not hasattr(transformers, config):
+        pytest.skip(f"transformers {transformers.__version__} has no {config}")
+    with torch.device("meta"):
+        config = getattr(transformers, config)(vocab_size=96, num_key_value_heads=2, head_dim=4, **sizes, **changes)
+        return getattr(transformers, auto_class).from_config(config)
+
+
+GEMMA4 = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96, "global_head_dim": 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "lacks", "named"),
+    [
+        (
+            "Gemma4TextConfig",
+            {**GEMMA4, "num_kv_shared_layers": 1, "layer_types": ["full_attention"] * 2},
+            "k_proj",
+            r"'model\.layers\.1\.self_attn' \(Gemma4TextAttention\) does not project both keys and values of its own: it has",
+        ),
+        (
+            "Gemma4TextConfig",
+            {
+                **GEMMA4,
+                "num_kv_shared_layers": 0,
+                "attention_k_eq_v": True,
+                "num_global_key_value_heads": 1,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            "v_proj",
+            r"'model\.layers\.1\.self_attn' .* does not project both keys and values of its own: it has .*k_proj",
+        ),
+        ("DiffLlamaConfig", {}, None, r"\(DiffLlamaAttention\) subtracts the attention of one half of its heads"),
+    ],
+)
+def test_what_no_layout_describes_is_refused_without_the_advice_to_write_one(config, changes, lacks, named):
+    model = _empty("AutoModelForCausalLM", config, **changes)
+    if getattr(model.model.layers[1].self_attn, str(lacks), None) is not None:
+        pytest.skip(f"transformers {transformers.__version__} has a {lacks} there")
+    with pytest.raises(ValueError, match=named) as error:
+        ModelGeometry.of(model)
+    assert str(error.value).endswith("No layout can describe that; LoRA trains such a model.")
+
+
+def test_keys_and_values_that_may_be_in_some_other_child_can_be_described():
+    model = nn.ModuleDict({"q_proj": nn.Linear(2, 2), "o_proj": nn.Linear(2, 2), "kv": nn.Sequential(nn.Linear(2, 4))})
+    model.__class__ = type("PairAttention", (nn.ModuleDict,), {})
+    with pytest.raises(ValueError, match=r"\(PairAttention\) is of no known layout.*register_attention_layout"):
+        ModelGeometry.of(model)
+
+
+def test_who_describes_a_class_that_is_refused_has_the_last_word():
+    model = _empty("AutoModelForCausalLM", "DiffLlamaConfig")
+    register_attention_layout("DiffLlamaAttention", AttentionLayout())
+    assert list(ModelGeometry.of(model)) == [0, 1]
+
+
 def test_a_wrapper_of_unknown_attention_is_named_once_and_by_its_core():
     class OuterAttention(nn.Module):
         def __init__(self):

@@ -14,10 +14,11 @@ from p2d_peft.heads.geometry import ROLES, ROWS
 from p2d_peft.heads.localize import LocalizeMethod
 
 from ..benchmark_files import load_benchmark
-from ..tiny_models import LAYOUTS, random_batch, tiny_model
+from ..tiny_models import LAYOUTS, SIBLINGS, random_batch, tiny_model
 
 
-CASES = [(name, layer) for name, layout in LAYOUTS.items() for layer in layout.projections]
+ALL = LAYOUTS | SIBLINGS
+CASES = [(name, layer) for name, layout in ALL.items() for layer in layout.projections]
 
 
 def linear_weight(module):
@@ -46,15 +47,15 @@ def perturb(weight, rows):
 
 
 def without_wide_norms(model, name):
-    if name == "olmo2":  # its norms span all heads of a layer, so through them every head sees every other
-        for block in model.model.layers:
-            block.self_attn.q_norm = block.self_attn.k_norm = torch.nn.Identity()
+    if name.startswith("olmo"):  # its norms span all heads of a layer, so through them every head sees every other
+        for attention in (block.self_attn for block in model.model.layers if hasattr(block, "self_attn")):
+            attention.q_norm = attention.k_norm = torch.nn.Identity()
     return model
 
 
 @pytest.mark.parametrize(("name", "layer"), CASES)
 def test_the_slices_of_a_head_change_its_output_and_no_other(name, layer):
-    layout = LAYOUTS[name]
+    layout = ALL[name]
     model = without_wide_norms(layout.model(), name)
     attention = ModelGeometry.of(model)[layer]
     assert (attention.n_heads, attention.n_kv_heads) == (layout.n_heads, layout.groups)
@@ -81,7 +82,7 @@ def test_the_slices_of_a_head_change_its_output_and_no_other(name, layer):
 
 @pytest.mark.parametrize(("name", "layer"), CASES)
 def test_the_columns_of_o_read_the_head_and_nothing_else(name, layer):
-    layout = LAYOUTS[name]
+    layout = ALL[name]
     model = layout.model()
     attention = ModelGeometry.of(model)[layer]
     projection = model.get_submodule(layout.projections[layer])
@@ -94,9 +95,9 @@ def test_the_columns_of_o_read_the_head_and_nothing_else(name, layer):
         torch.testing.assert_close(output[0], weight[:, attention.head_slice("o", head)].sum(1))
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", ALL)
 def test_the_slices_cover_each_projection_exactly_once(name):
-    model = LAYOUTS[name].model()
+    model = ALL[name].model()
     for attention in ModelGeometry.of(model).values():
         indices = {}
         for role in ROLES:
@@ -129,7 +130,7 @@ def run(model, layout):
 
 @pytest.mark.parametrize(("name", "layer"), CASES)
 def test_head_sparse_changes_the_slices_of_its_head_and_nothing_else(name, layer):
-    layout = LAYOUTS[name]
+    layout = ALL[name]
     # Frozen, as PEFT freezes it: PyTorch rounds differently in Jamba's Mamba layers where no weight wants a gradient.
     model = layout.model().requires_grad_(False)
     attention = ModelGeometry.of(model)[layer]

@@ -5,6 +5,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
 from p2d_peft import P2DConfig
 from p2d_peft.heads import HeadSet, ModelGeometry, localize_heads
@@ -310,6 +311,43 @@ def test_a_method_that_is_neither_name_nor_function_is_refused():
 def test_batches_that_are_no_text_are_named():
     with pytest.raises(ValueError, match=r"`batches` must hold .* got a dict without \['input_ids'\]"):
         localize_heads(LAYOUTS["whisper"].model(), [{"input_features": None, "labels": None}], method="gate")
+
+
+def test_a_loader_of_a_stream_whose_length_nobody_knows_is_read():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))
+
+    batch = random_batch(4)
+    streamed = localize_heads(tiny_model(), DataLoader(Stream(), batch_size=2), method="gate")
+    assert torch.allclose(streamed.values, localize_heads(tiny_model(), [batch], method="gate").values)
+
+
+@pytest.mark.parametrize("method", SEEING)
+def test_labels_that_are_no_tokens_of_the_model_are_named(method):
+    batch = random_batch()
+    batch["labels"][0, -1] = -1  # another library's sign for what does not count
+    with pytest.raises(ValueError, match="`batches` holds the token id -1"):
+        localize_heads(tiny_model(), [batch], method=method)
+
+
+@pytest.mark.parametrize("method", ["proxy", "gate", "taylor"])
+def test_int32_tokens_and_a_mask_of_none_give_the_same_scores(method):
+    batch = random_batch()
+    expected = localize_heads(tiny_model(), [batch], method=method).values
+    short = {name: batch[name].int() for name in ("input_ids", "labels")}
+    assert torch.equal(
+        localize_heads(tiny_model(), [{**short, "attention_mask": None}], method=method).values, expected
+    )
+
+
+@pytest.mark.parametrize("method", ["proxy", "gate", "taylor", "fisher", "gain", "agreement"])
+def test_attention_that_does_not_run_is_named(method):
+    model = tiny_model()
+    layer = model.model.layers[1]
+    layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
+    with pytest.raises(ValueError, match=r"does not depend on 'model\.layers\.1\.self_attn\.\w+': it did not run"):
+        localize_heads(model, [random_batch()], method=method)
 
 
 def test_the_result_leads_to_a_head_set():

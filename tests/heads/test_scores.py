@@ -59,6 +59,9 @@ def test_bad_tables_are_refused():
         scores([1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match="infinities"):
         scores([[math.inf]])
+    data = scores([[1.0, 2.0]]).to_dict()
+    with pytest.raises(ValueError, match="an integer that is too long for a float"):
+        HeadScores.from_dict({**data, "values": [[10**400, 1.0]]})
     with pytest.raises(ValueError, match="not a table of head scores"):
         HeadScores.from_dict({"format": "p2d_peft.HeadSet"})
 
@@ -93,6 +96,11 @@ def test_files_without_layers_are_numbered():
     data = scores([[0.1, 0.9], [0.5, 0.3]]).to_dict()
     assert data.pop("layers") == [0, 1]
     assert HeadScores.from_dict(data).layers == (0, 1)
+
+
+def test_layers_out_of_order_are_refused():
+    with pytest.raises(ValueError, match=r"`layers` must be in ascending order, .* got \(1, 0\)"):
+        HeadScores(torch.ones(2, 2), "taylor", layers=(1, 0))
 
 
 @pytest.mark.parametrize("layers", [(0,), (0, 0), (0, 1, 2), ("encoder.0", "encoder.1", "encoder.1")])

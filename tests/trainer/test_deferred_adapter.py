@@ -15,7 +15,7 @@ def test_attaching_leaves_the_users_config_as_it_is(tmp_path):
     model = attach(tiny_model(), mine, HeadSet([(1, 2)]), config(tmp_path))
     assert mine.heads is None and model.peft_config["default"].heads == {1: [2]}
     assert [name for name, p in model.named_parameters() if p.requires_grad] == [
-        "base_model.model.model.layers.1.self_attn.q_proj.head_sparse_delta.default"
+        "base_model.model.model.layers.1.self_attn.q_proj.head_sparse_delta.default.weight"
     ]
     assert not model.get_input_embeddings()._forward_hooks  # the backward pass ends at layer 1
 

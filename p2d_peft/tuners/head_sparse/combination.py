@@ -66,7 +66,7 @@ def combined_delta(
     parts = {name: layer.get_slice_delta(name) for name in adapters if name in layer.head_sparse_slice}
     # in the widest of their dtypes, so that none is rounded
     dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts.values()))
-    total = torch.zeros_like(layer.head_sparse_delta[adapter_name], dtype=dtype)
+    total = torch.zeros_like(layer.head_sparse_delta[adapter_name].weight, dtype=dtype)
     for name, weight in zip(adapters, weights, strict=True):
         if name in parts:
             places = [position[index] for index in layer.head_sparse_slice[name].indices]

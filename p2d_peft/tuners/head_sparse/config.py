@@ -169,8 +169,11 @@ class HeadSparseConfig(PeftConfig):
         self.peft_type = HEAD_SPARSE
         self.set_heads(self.heads)
         self.projections = _checked_projections(self.projections, self.share_kv)
-        if self.r is not None and (not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1):
-            raise ValueError(f"`r` must be an integer of at least 1, or None for the full slices, got {self.r!r}.")
+        if self.r is not None:
+            if not is_index(self.r) or self.r < 1:
+                raise ValueError(f"`r` must be an integer of at least 1, or None for the full slices, got {self.r!r}.")
+            self.r = int(self.r)  # JSON has no other integers
+        self.layers_to_transform = _checked_layers(self.layers_to_transform)
         if isinstance(self.target_modules, str) and self.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             self.target_modules = None
         if isinstance(self.target_modules, (list, tuple)):
@@ -183,6 +186,11 @@ class HeadSparseConfig(PeftConfig):
             )
         if self.bias not in _BIAS:
             raise ValueError(f"`bias` must be one of {', '.join(map(repr, _BIAS))}, got {self.bias!r}.")
+        if not isinstance(self.init_weights, bool):  # LoRA has names of methods there
+            raise ValueError(
+                "`init_weights` must be True, for deltas of zero, or False, for small random ones, got "
+                f"{self.init_weights!r}."
+            )
 
     def set_heads(self, heads: HeadSet | Mapping[Layer, Iterable[int]] | Iterable[int] | None) -> None:
         """
@@ -257,6 +265,19 @@ def _checked_projections(projections: Any, share_kv: bool) -> list[Role]:
     if not share_kv and set(ordered) <= {"k", "v"}:
         raise ValueError(f"`share_kv=False` leaves nothing to train of `projections` ({', '.join(ordered)}).")
     return ordered
+
+
+def _checked_layers(layers: Any) -> list[int] | int | None:
+    """`layers_to_transform` in plain JSON types."""
+    if layers is None:
+        return None
+    if isinstance(layers, Iterable) and not isinstance(layers, str):
+        given = list(layers)
+        if all(map(is_index, given)):
+            return [int(layer) for layer in given]
+    elif is_index(layers):
+        return int(layers)
+    raise ValueError(f"`layers_to_transform` must be the number of a layer or a list of them, got {layers!r}.")
 
 
 def _plain_heads(heads: Any) -> dict[Layer, list[int]] | list[int] | None:

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from ...heads.geometry import ROWS
 from ...model_checks import FLOATS
 from .config import HeadSparseConfig
-from .delta_dict import DeltaDict
+from .delta import Delta, DeltaDict
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,9 @@ class HeadSparseLayer(BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
-        self.head_sparse_delta = DeltaDict({})
-        self.head_sparse_A = DeltaDict({})
-        self.head_sparse_B = DeltaDict({})
+        self.head_sparse_delta = DeltaDict()
+        self.head_sparse_A = DeltaDict()
+        self.head_sparse_B = DeltaDict()
         self.head_sparse_slice: dict[str, WeightSlice] = {}
         self.head_sparse_index: dict[str, torch.Tensor] = {}
         # for each merged adapter: what was in its slice before
@@ -138,15 +138,15 @@ class HeadSparseLayer(BaseTunerLayer):
             delta = torch.zeros(rows, columns, device=device, dtype=dtype)
             if not config.init_weights:
                 nn.init.normal_(delta, std=0.02)
-            self.head_sparse_delta[adapter_name] = nn.Parameter(delta)
+            self.head_sparse_delta[adapter_name] = Delta(delta)
         else:
             A = torch.empty(config.r, columns, device=device, dtype=dtype)
             B = torch.zeros(rows, config.r, device=device, dtype=dtype)
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
             if not config.init_weights:
                 nn.init.normal_(B, std=0.02)
-            self.head_sparse_A[adapter_name] = nn.Parameter(A)
-            self.head_sparse_B[adapter_name] = nn.Parameter(B)
+            self.head_sparse_A[adapter_name] = Delta(A)
+            self.head_sparse_B[adapter_name] = Delta(B)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _add_delta(self, result_BTO: torch.Tensor, x_BTI: torch.Tensor, adapter_name: str) -> torch.Tensor:
@@ -154,20 +154,24 @@ class HeadSparseLayer(BaseTunerLayer):
         index_N = self._index(adapter_name, x_BTI.device)
         on_rows = self.head_sparse_slice[adapter_name].dim == ROWS
         x = x_BTI if on_rows else x_BTI.index_select(-1, index_N)
-        if self.head_sparse_delta.has(adapter_name):
-            y = self.head_sparse_delta(x, adapter_name)
+        if adapter_name in self.head_sparse_delta:
+            y = self.head_sparse_delta[adapter_name](x)
         else:
-            y = self.head_sparse_B(self.head_sparse_A(x, adapter_name), adapter_name)
+            y = self.head_sparse_B[adapter_name](self.head_sparse_A[adapter_name](x))
         y = y.to(result_BTO.dtype)
         # Subtracting 0 - y, and not adding y: r + 0.0 makes -0.0 to 0.0, while r - 0.0 is r in each bit, and 0 - y is
         # +0.0 for a zero of either sign. Never in place: hooks of the base layer may hold on to its output.
-        return _AddOnRows.apply(result_BTO, index_N, y) if on_rows else result_BTO - (0.0 - y)
+        if not on_rows:
+            return result_BTO - (0.0 - y)
+        # without a backward pass no node for it either, which `torch.jit.trace` could not save
+        add = _AddOnRows.apply if torch.is_grad_enabled() else _AddOnRows.forward
+        return add(result_BTO, index_N, y)
 
     def get_slice_delta(self, adapter_name: str) -> torch.Tensor:
         """The delta of an adapter on its slice, of shape (N, in_features) for rows or (out_features, N) for columns."""
         if adapter_name in self.head_sparse_delta:
-            return self.head_sparse_delta[adapter_name]
-        A, B = self.head_sparse_A[adapter_name], self.head_sparse_B[adapter_name]
+            return self.head_sparse_delta[adapter_name].weight
+        A, B = self.head_sparse_A[adapter_name].weight, self.head_sparse_B[adapter_name].weight
         # at least in fp32: the product is rounded once, where it is merged
         dtype = torch.promote_types(A.dtype, torch.float32)
         return B.to(dtype) @ A.to(dtype)
@@ -291,16 +295,16 @@ class HeadSparseLayer(BaseTunerLayer):
             self.head_sparse_index[adapter_name] = moved_N
         return moved_N
 
-    def parameters_of(self, adapter_name: str) -> list[tuple[nn.ParameterDict, nn.Parameter]]:
-        """The parameters of an adapter, with the dictionaries that hold them."""
-        dictionaries = [getattr(self, name) for name in self.adapter_layer_names]
-        return [(dictionary, dictionary[adapter_name]) for dictionary in dictionaries if adapter_name in dictionary]
+    def deltas_of(self, adapter_name: str) -> list[Delta]:
+        """The modules with the parameters of an adapter: its delta, or its two factors."""
+        modules = [getattr(self, name) for name in self.adapter_layer_names]
+        return [module[adapter_name] for module in modules if adapter_name in module]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT calls this after it loaded an adapter with `low_cpu_mem_usage`. Its own version also casts to the base's
-        # dtype, which would round trained fp32 deltas to bf16, and makes them trainable.
+        # dtype, which would round trained fp32 deltas to bf16.
         if device is None:
             device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        for dictionary, parameter in self.parameters_of(adapter_name):
-            if not parameter.is_meta:
-                dictionary[adapter_name] = nn.Parameter(parameter.to(device), parameter.requires_grad)
+        for delta in self.deltas_of(adapter_name):
+            if not delta.weight.is_meta:
+                delta.to(device)

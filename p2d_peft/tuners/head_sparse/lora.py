@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -31,6 +32,7 @@ from ...heads.geometry import ROWS
 from ...model_state import where_float64_is
 from .config import HEAD_SPARSE, HeadSparseConfig
 from .layer import HeadSparseLayer
+from .names import WRAPPERS, without
 
 
 logger = logging.getLogger(__name__)
@@ -58,9 +60,10 @@ class LoraReport:
 
 @dataclass(frozen=True)
 class _ModuleLora:
-    """The LoRA of one module."""
+    """The LoRA of one module, and whether that stores its weight as (I, O)."""
 
     name: str
+    transposed: bool
     A_RI: torch.Tensor
     B_OR: torch.Tensor
     squared_norm: float
@@ -79,7 +82,9 @@ def convert_to_lora(
     is. Weights that are sharded (FSDP, ZeRO-3) have to be gathered before.
 
     Args:
-        peft_model (`nn.Module`): A `PeftModel`, or a transformers model with an adapter of its own (`add_adapter`).
+        peft_model (`nn.Module`):
+            A `PeftModel`, or a transformers model with an adapter of its own (`add_adapter`); compiled, or within
+            `DistributedDataParallel`, it is the same.
         adapter_name (`str`, *optional*, defaults to `"default"`): The adapter; it need not be the active one.
         max_rank (`int`, *optional*):
             Modules of a higher rank are cut down to this one by a singular value decomposition, which loses as little
@@ -106,7 +111,7 @@ def convert_to_lora(
     128
     ```
     """
-    lora_config, state_dict, _ = _export(peft_model, adapter_name, max_rank)
+    lora_config, state_dict, _ = _export(_unwrapped(peft_model), adapter_name, max_rank)
     return lora_config, state_dict
 
 
@@ -120,7 +125,7 @@ def lora_report(peft_model: nn.Module, adapter_name: str = "default", max_rank: 
     Returns:
         [`LoraReport`]
     """
-    return _report(list(_convert(peft_model, adapter_name, max_rank)))
+    return _report(list(_convert(_unwrapped(peft_model), adapter_name, max_rank)))
 
 
 def save_as_lora(
@@ -147,7 +152,7 @@ def save_as_lora(
     >>> PeftModel.from_pretrained(base_model, "lora")
     ```
     """
-    lora_config, state_dict, report = _export(peft_model, adapter_name, max_rank)
+    lora_config, state_dict, report = _export(_unwrapped(peft_model), adapter_name, max_rank)
     lora_config.inference_mode = True  # as PEFT saves adapters
     # sets in a fixed order: the same adapter gives the same file
     fields = {
@@ -179,7 +184,7 @@ def _export(
             max(report.errors.values()),
         )
 
-    base, config = _find_adapter(peft_model, adapter_name)
+    _, config = _find_adapter(peft_model, adapter_name)
     # Readers that know no patterns (vLLM, SGLang) check `r` against their limit and scale by `lora_alpha / r`.
     r = max(report.ranks.values())
     # keys are regular expressions that may match the end of a name; these match one name each, and the whole of it
@@ -190,7 +195,7 @@ def _export(
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
         target_modules=list(report.ranks),
-        fan_in_fan_out=any(isinstance(base_layer(base.get_submodule(name)), Conv1D) for name in report.ranks),
+        fan_in_fan_out=any(lora.transposed for lora in loras),
         modules_to_save=config.modules_to_save,
         trainable_token_indices=config.trainable_token_indices,
         base_model_name_or_path=config.base_model_name_or_path,
@@ -204,7 +209,8 @@ def _export(
     for name, tensor in get_peft_model_state_dict(peft_model, adapter_name=adapter_name).items():
         if ".head_sparse_" not in name:
             # a copy: it may share its memory with the model, or with another entry
-            state_dict[_PREFIX + name.removeprefix(_PREFIX)] = tensor.detach().clone().contiguous()
+            name = without(name.removeprefix(_PREFIX), WRAPPERS)
+            state_dict[_PREFIX + name] = tensor.detach().clone().contiguous()
     return lora_config, state_dict, report
 
 
@@ -217,6 +223,12 @@ def _report(loras: list[_ModuleLora]) -> LoraReport:
         errors={lora.name: relative(lora.squared_error, lora.squared_norm) for lora in loras},
         error=relative(sum(lora.squared_error for lora in loras), sum(lora.squared_norm for lora in loras)),
     )
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """A model without what compiles it or spreads it over devices, in whichever order."""
+    inner = extract_model_from_parallel(model, keep_torch_compile=False)
+    return model if inner is model else _unwrapped(inner)
 
 
 def _find_adapter(peft_model: nn.Module, adapter_name: str) -> tuple[nn.Module, HeadSparseConfig]:
@@ -245,7 +257,8 @@ def _convert(peft_model: nn.Module, adapter_name: str, max_rank: int | None) -> 
         if adapter_name in layer.merged_adapters:
             # the base weight in memory has the delta in it: a LoRA on top of it would count it twice
             raise ValueError(f"Adapter '{adapter_name}' is merged; call `unmerge_adapter()` first.")
-        yield _convert_layer(name, layer, adapter_name, max_rank)
+        # a part of the model may be wrapped by itself; who loads the LoRA has the model without that
+        yield _convert_layer(without(name, WRAPPERS), layer, adapter_name, max_rank)
 
 
 @torch.no_grad()
@@ -274,14 +287,16 @@ def _convert_layer(name: str, layer: HeadSparseLayer, adapter_name: str, max_ran
     else:
         A_RI, B_OR = right.new_zeros(len(right), layer.in_features), left.clone()
         A_RI[:, index_N] = right
-    return _ModuleLora(name, A_RI.contiguous(), B_OR.contiguous(), exact.square().sum().item(), squared_error)
+    transposed = isinstance(base_layer(layer), Conv1D)
+    squared_norm = exact.square().sum().item()
+    return _ModuleLora(name, transposed, A_RI.contiguous(), B_OR.contiguous(), squared_norm, squared_error)
 
 
 def _factors(layer: HeadSparseLayer, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """An adapter's slice of a layer, (N, I) for rows or (O, N) for columns, as a product of two factors of full rank."""
     if adapter_name in layer.head_sparse_A:
-        return layer.head_sparse_B[adapter_name], layer.head_sparse_A[adapter_name]
-    delta = layer.head_sparse_delta[adapter_name]
+        return layer.head_sparse_B[adapter_name].weight, layer.head_sparse_A[adapter_name].weight
+    delta = layer.head_sparse_delta[adapter_name].weight
     # One factor is the delta, the other the identity of its shorter side. That side is nearly always the slice's N; with
     # all heads of a fused projection there are more rows than input features.
     rows, columns = delta.shape

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,17 +17,15 @@ from torch import nn
 from ...heads.geometry import ROLES, ROWS, AttentionGeometry, ModelGeometry, Role
 from .combination import combined_config, combined_delta
 from .config import HeadSparseConfig
-from .delta_dict import DeltaDict
+from .delta import Delta
 from .layer import HeadSparseLayer, WeightSlice
 from .linear import Linear
 from .mixed_batch import adapter_names_given
+from .names import COMPILED, NOT_IN_STATE_DICTS, without
 
 
 # what `torch.compile` puts before the names in a model
-_COMPILED = "_orig_mod."
-# The wrappers of FSDP and of activation checkpointing: modules that are named in the model, but not in its state dict. Their
-# hooks leave them out there, and put them in again when each of them loads.
-_NOT_IN_STATE_DICTS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_COMPILED = f"{COMPILED}."
 
 
 class HeadSparseModel(BaseTuner):
@@ -43,7 +40,7 @@ class HeadSparseModel(BaseTuner):
 
     Args:
         model (`nn.Module`): The model to adapt.
-        config ([`HeadSparseConfig`]): The configuration.
+        peft_config ([`HeadSparseConfig`]): The configuration, or a dictionary from the adapter's name to it.
         adapter_name (`str`): The adapter's name, `"default"` where `get_peft_model` chooses it.
         low_cpu_mem_usage (`bool`, *optional*, defaults to `False`):
             Create the deltas on the meta device, which makes loading faster.
@@ -71,6 +68,25 @@ class HeadSparseModel(BaseTuner):
 
     # the parts that live in each projection, by its full name: more than one role where they share a projection
     _parts: dict[str, list[tuple[AttentionGeometry, Role]]]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: HeadSparseConfig | dict[str, HeadSparseConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        # where the model has adapters already, this dictionary is theirs, and PEFT's tuner writes into it at once
+        configs = getattr(model, "peft_config", None)
+        before = dict(configs or {})
+        try:
+            super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        except Exception:
+            if configs is not None:
+                configs.clear()
+                configs.update(before)
+            raise
 
     def inject_adapter(
         self,
@@ -133,7 +149,7 @@ class HeadSparseModel(BaseTuner):
             self._check_rank(config, name)
             self._check_not_tensor_parallel(name)
         for key in state_dict:
-            name, is_delta, _ = key.rpartition(f".{self.prefix}")
+            name, is_delta, _ = key.partition(f".{self.prefix}")
             if is_delta and self._weight_slice(config, name) is None:
                 raise _homeless(name)
 
@@ -141,14 +157,15 @@ class HeadSparseModel(BaseTuner):
         # PEFT passes over weights that the model has no place for, and an adapter of another architecture, or one whose
         # configuration names other heads than it has weights for, would load as if it had learned nothing.
         # The inner one of two modules of the same name comes later.
-        modules = {_name_in_state_dict(name): module for name, module in self.named_modules()}
+        modules = {without(name, NOT_IN_STATE_DICTS): module for name, module in self.named_modules()}
         for key in state_dict:
-            name, is_delta, rest = key.removeprefix(prefix).rpartition(f".{self.prefix}")
+            # the first one: an adapter's name may begin with the prefix, too
+            name, is_delta, rest = key.removeprefix(prefix).partition(f".{self.prefix}")
             if not (key.startswith(prefix) and is_delta):
                 continue
             if not isinstance(modules.get(name), HeadSparseLayer):
                 raise _homeless(name.removeprefix("model."))
-            if "." not in rest:
+            if rest.count(".") < 2:  # of `delta.<adapter>.weight`
                 raise _unplaced(name.removeprefix("model."))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -241,7 +258,8 @@ class HeadSparseModel(BaseTuner):
 
         The sum is exact: nothing is cut off, as a delta has each weight of its slices. Where adapters share no slice
         (their heads are of different groups) and the weights are 1, each part of it is an adapter's own delta, bit for
-        bit. The new adapter is not active yet, and has no `r`, also if the others have one.
+        bit. The new adapter is not active yet, and has no `r`, also if the others have one. There is no
+        `combination_type`: the weighted sum is what LoRA's `"linear"` and `"cat"` ask for.
 
         Args:
             adapters (`list[str]`): The adapters to combine.
@@ -263,19 +281,7 @@ class HeadSparseModel(BaseTuner):
             if any(name in layer.head_sparse_slice for name in adapters):
                 with torch.no_grad():
                     delta = combined_delta(layer, adapters, weights, adapter_name)
-                layer.head_sparse_delta[adapter_name] = nn.Parameter(delta, requires_grad=False)
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # PEFT puts a new parameter in the place of one that it casts, and that one is always trainable, also for an
-        # adapter that is inactive or was loaded for inference.
-        before = list(self._parameters_of(adapter_name))
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for (_, old), (dictionary, _) in zip(before, self._parameters_of(adapter_name), strict=True):
-            dictionary[adapter_name].requires_grad_(old.requires_grad)
-
-    def _parameters_of(self, adapter_name: str) -> Iterator[tuple[nn.ParameterDict, nn.Parameter]]:
-        for layer in self._layers():
-            yield from layer.parameters_of(adapter_name)
+                layer.head_sparse_delta[adapter_name] = Delta(delta).requires_grad_(False)
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
         """Look for NaNs in all layers before the first of them is merged."""
@@ -318,19 +324,15 @@ def _unplaced(name: str) -> ValueError:
     )
 
 
-def _name_in_state_dict(name: str) -> str:
-    """The name of a module as the keys of a state dict have it."""
-    return ".".join(part for part in name.split(".") if part not in _NOT_IN_STATE_DICTS)
-
-
 def _check_name(adapter_name: str) -> None:
     """An adapter is saved in a folder of its name, and each layer has its parameters under that name."""
     if "/" in adapter_name or "\\" in adapter_name or adapter_name in ("", ".", ".."):
         raise ValueError(
             f"`adapter_name`={adapter_name!r} is no name for a folder, which it is saved in; leave out '/'."
         )
-    if "." in adapter_name or hasattr(DeltaDict({}), adapter_name):
+    # the last name of each parameter is 'weight', by which PEFT would take it for the adapter's
+    if "." in adapter_name or adapter_name == "weight" or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(
-            f"`adapter_name`={adapter_name!r} cannot be the name of a parameter in PyTorch: that has no '.', and is no "
+            f"`adapter_name`={adapter_name!r} cannot be the name of a module in PyTorch: that has no '.', and is no "
             f"attribute of a module as it is. Take another, such as {'adapter_' + adapter_name.replace('.', '_')!r}."
         )

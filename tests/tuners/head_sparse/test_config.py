@@ -148,6 +148,11 @@ def test_projections():
         ({"r": 0}, "integer of at least 1, or None for the full slices, got 0"),
         ({"r": 1.5}, "got 1.5"),
         ({"r": True}, "got True"),
+        ({"layers_to_transform": "0"}, "must be the number of a layer or a list of them, got '0'"),
+        ({"layers_to_transform": [0, "1"]}, r"a list of them, got \[0, '1'\]"),
+        ({"layers_to_transform": 1.0}, r"a list of them, got 1\.0"),
+        ({"init_weights": "gaussian"}, "must be True, for deltas of zero, or False, .* got 'gaussian'"),
+        ({"init_weights": None}, "got None"),
         ({"layers_pattern": "layers"}, r"`layers_pattern` \('layers'\) .* give both or neither"),
         ({"bias": "lora_only"}, "must be one of 'none', 'all', 'head_sparse_only', got 'lora_only'"),
     ],
@@ -155,6 +160,14 @@ def test_projections():
 def test_bad_fields(fields, message):
     with pytest.raises(ValueError, match=message):
         HeadSparseConfig(**fields)
+
+
+def test_numbers_become_plain_json_types():
+    config = HeadSparseConfig(r=np.int64(2), layers_to_transform=np.array([0, 2]))
+    assert (config.r, config.layers_to_transform) == (2, [0, 2])
+    assert HeadSparseConfig(layers_to_transform=np.int64(1)).layers_to_transform == 1
+    assert HeadSparseConfig(layers_to_transform=range(2)).layers_to_transform == [0, 1]
+    json.dumps(config.to_dict())  # a numpy integer would not pass
 
 
 def test_layers_to_transform():

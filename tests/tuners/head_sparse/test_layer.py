@@ -33,7 +33,7 @@ def make_layer(weight_slice, dtype=torch.float32, base=None, init_weights=False,
 def with_deltas_of(layer, dtype):
     """What PEFT's autocast_adapter_dtype does."""
     for name, delta in list(layer.head_sparse_delta.items()):
-        layer.head_sparse_delta[name] = nn.Parameter(torch.randn_like(delta, dtype=dtype))
+        layer.head_sparse_delta[name].weight = nn.Parameter(torch.randn_like(delta.weight, dtype=dtype))
     return layer
 
 
@@ -43,9 +43,9 @@ def dense_delta(layer, name="default"):
     weight_slice = layer.head_sparse_slice[name]
     for position, index in enumerate(weight_slice.indices):
         if weight_slice.dim == 0:
-            dense[index] = layer.head_sparse_delta[name][position].detach()
+            dense[index] = layer.head_sparse_delta[name].weight[position].detach()
         else:
-            dense[:, index] = layer.head_sparse_delta[name][:, position].detach()
+            dense[:, index] = layer.head_sparse_delta[name].weight[:, position].detach()
     return dense
 
 
@@ -55,7 +55,7 @@ def test_forward_adds_the_delta(kind, shape):
     layer = make_layer(SLICES[kind])
     x = torch.randn(shape)
     dense = dense_delta(layer)
-    assert dense.count_nonzero() == layer.head_sparse_delta["default"].numel()
+    assert dense.count_nonzero() == layer.head_sparse_delta["default"].weight.numel()
     expected = nn.functional.linear(x, layer.base_layer.weight + dense, layer.base_layer.bias)
     torch.testing.assert_close(layer(x), expected)
     assert torch.equal(layer.get_delta_weight("default"), dense)
@@ -72,7 +72,7 @@ def test_gradients(kind):
     weight_slice = SLICES[kind]
     torch.testing.assert_close(x.grad, by_hand.grad)
     torch.testing.assert_close(
-        layer.head_sparse_delta["default"].grad,
+        layer.head_sparse_delta["default"].weight.grad,
         weight.grad.index_select(weight_slice.dim, layer.head_sparse_index["default"]),
     )
 
@@ -91,7 +91,7 @@ class NegativeZeros(nn.Linear):
 @pytest.mark.parametrize("kind", SLICES)
 def test_zero_delta_keeps_every_bit(kind, dtype):
     layer = make_layer(SLICES[kind], base=NegativeZeros(IN, OUT).to(dtype), init_weights=True)
-    layer.head_sparse_delta["default"] = nn.Parameter(layer.head_sparse_delta["default"].float())
+    layer.head_sparse_delta["default"].weight = nn.Parameter(layer.head_sparse_delta["default"].weight.float())
     x = torch.randn(7, IN, dtype=dtype)
     expected = layer.base_layer(x)
     assert (bits(expected) != bits(expected + 0.0)).any()  # there are negative zeros to lose
@@ -122,7 +122,7 @@ def test_fp32_delta_on_a_half_base(kind, dtype):
     expected = nn.functional.linear(x.float(), weight, layer.base_layer.bias.float())
     torch.testing.assert_close(result.float(), expected, atol=0.05, rtol=0.02)
     (result.float() ** 2).sum().backward()
-    assert layer.head_sparse_delta["default"].grad.dtype == torch.float32
+    assert layer.head_sparse_delta["default"].weight.grad.dtype == torch.float32
 
 
 def test_new_adapter_is_active_and_trainable_unless_for_inference():
@@ -130,7 +130,7 @@ def test_new_adapter_is_active_and_trainable_unless_for_inference():
         config = HeadSparseConfig(init_weights=False, inference_mode=inference_mode)
         layer = Linear(nn.Linear(IN, OUT), "named", SLICES["rows"], config)
         assert layer.active_adapters == ["named"]
-        assert layer.head_sparse_delta["named"].requires_grad is not inference_mode
+        assert layer.head_sparse_delta["named"].weight.requires_grad is not inference_mode
 
 
 @pytest.mark.parametrize("where", SLICES)
@@ -142,7 +142,7 @@ def test_the_product_is_in_the_inputs_dtype_and_the_gradient_in_the_deltas(where
         y = layer(x)
     assert y.dtype == torch.bfloat16 and all(t.dtype == torch.bfloat16 for t in kept if t.is_floating_point())
     y.sum().backward()
-    delta = layer.head_sparse_delta["default"]
+    delta = layer.head_sparse_delta["default"].weight
     assert delta.dtype == delta.grad.dtype == torch.float32
     exact = layer.base_layer.weight.float() + layer.get_delta_weight("default")
     torch.testing.assert_close(y.float(), x.float() @ exact.T + layer.base_layer.bias.float(), atol=0.05, rtol=0.05)
@@ -175,7 +175,7 @@ def test_active_adapters_add_up():
         dense = sum(dense_delta(layer, name) for name in names if name in layer.head_sparse_delta)
         expected = nn.functional.linear(x, layer.base_layer.weight + dense, layer.base_layer.bias)
         torch.testing.assert_close(layer(x), expected)
-        assert {n for n, delta in layer.head_sparse_delta.items() if delta.requires_grad} == set(names) & {
+        assert {n for n, delta in layer.head_sparse_delta.items() if delta.weight.requires_grad} == set(names) & {
             "default",
             "b",
             "c",
@@ -223,7 +223,7 @@ def test_safe_merge_finds_it_before_the_base_is_touched(broken):
     layer = add_adapters(make_layer(SLICES["scattered rows"]))
     before = layer.base_layer.weight.detach().clone()
     with torch.no_grad():
-        layer.head_sparse_delta["c"][1, 2] = broken  # the last one: the others would be merged by then
+        layer.head_sparse_delta["c"].weight[1, 2] = broken  # the last one: the others would be merged by then
     with pytest.raises(ValueError, match=r"NaNs detected .* The adapter c seems to be broken"):
         layer.merge(safe_merge=True)
     assert torch.equal(layer.base_layer.weight, before) and not layer.merged
@@ -236,7 +236,7 @@ def test_merging_into_a_quantized_weight_is_refused(safe_merge):
     base = nn.Linear(IN, OUT)
     base.weight = nn.Parameter(torch.ones(OUT, IN, dtype=torch.int8), requires_grad=False)
     layer = make_layer(SLICES["rows"], base=base)
-    assert layer.head_sparse_delta["default"].dtype == torch.float32
+    assert layer.head_sparse_delta["default"].weight.dtype == torch.float32
     with pytest.raises(TypeError, match=r"Merging into a Linear with weights of torch\.int8 is not supported"):
         layer.merge(safe_merge=safe_merge)
     assert not layer.merged
@@ -261,7 +261,7 @@ def test_merging_into_an_fp8_weight_is_refused():
 @pytest.mark.parametrize("r", [None, 2])
 def test_deltas_of_an_fp8_weight(r):
     layer = make_layer(SLICES["rows"], base=fp8_linear(), r=r)
-    assert {delta.dtype for _, delta in layer.parameters_of("default")} == {torch.float32}
+    assert {delta.weight.dtype for delta in layer.deltas_of("default")} == {torch.float32}
     assert layer.get_delta_weight("default").count_nonzero() == 3 * IN
 
 
@@ -275,9 +275,9 @@ def test_unsupported_base_layer():
 
 def test_only_the_delta_is_in_the_state_dict():
     layer = make_layer(SLICES["rows"])
-    assert set(layer.state_dict()) == {"base_layer.weight", "base_layer.bias", "head_sparse_delta.default"}
-    assert layer.head_sparse_delta["default"].shape == (3, IN)
-    assert make_layer(SLICES["columns"]).head_sparse_delta["default"].shape == (OUT, 3)
+    assert set(layer.state_dict()) == {"base_layer.weight", "base_layer.bias", "head_sparse_delta.default.weight"}
+    assert layer.head_sparse_delta["default"].weight.shape == (3, IN)
+    assert make_layer(SLICES["columns"]).head_sparse_delta["default"].weight.shape == (OUT, 3)
 
 
 def test_delete_adapter_leaves_nothing_of_it():
@@ -334,7 +334,7 @@ def test_trains_after_a_first_pass_in_inference_mode(kind):
     assert type(moved) is torch.Tensor and torch.equal(moved, index)
     result = layer(x.requires_grad_())
     result.sum().backward()
-    assert torch.equal(result, expected) and layer.head_sparse_delta["default"].grad.count_nonzero()
+    assert torch.equal(result, expected) and layer.head_sparse_delta["default"].weight.grad.count_nonzero()
 
 
 def test_the_index_is_made_where_the_delta_is(monkeypatch):
@@ -353,18 +353,18 @@ def test_low_rank_delta(kind):
     weight_slice = SLICES[kind]
     low, full = make_layer(weight_slice, r=2), make_layer(weight_slice)
     full.base_layer.load_state_dict(low.base_layer.state_dict())
-    A, B = low.head_sparse_A["default"], low.head_sparse_B["default"]
+    A, B = low.head_sparse_A["default"].weight, low.head_sparse_B["default"].weight
     rows, columns = weight_slice.shape(IN, OUT)
     assert A.shape == (2, columns) and B.shape == (rows, 2) and "default" not in low.head_sparse_delta
     with torch.no_grad():
-        full.head_sparse_delta["default"].copy_(B @ A)
+        full.head_sparse_delta["default"].weight.copy_(B @ A)
     x = torch.randn(5, IN)
     torch.testing.assert_close(low(x), full(x))
     assert torch.equal(low.get_delta_weight("default"), dense_delta(full))
 
     (low(x) ** 2).sum().backward()
     (full(x) ** 2).sum().backward()
-    gradient = full.head_sparse_delta["default"].grad
+    gradient = full.head_sparse_delta["default"].weight.grad
     torch.testing.assert_close(A.grad, B.T @ gradient)
     torch.testing.assert_close(B.grad, gradient @ A.T)
 
@@ -380,11 +380,13 @@ def test_low_rank_delta(kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_rank_delta_starts_at_zero(kind, dtype):
     layer = make_layer(SLICES[kind], base=NegativeZeros(IN, OUT).to(dtype), init_weights=True, r=2)
-    assert not layer.head_sparse_B["default"].any() and layer.head_sparse_A["default"].count_nonzero() > 1
+    assert (
+        not layer.head_sparse_B["default"].weight.any() and layer.head_sparse_A["default"].weight.count_nonzero() > 1
+    )
     x = torch.randn(7, IN, dtype=dtype)
     assert torch.equal(bits(layer(x)), bits(layer.base_layer(x)))
     layer(x).sum().backward()
-    assert layer.head_sparse_B["default"].grad.count_nonzero()
+    assert layer.head_sparse_B["default"].weight.grad.count_nonzero()
 
 
 def conv1d_of(linear):

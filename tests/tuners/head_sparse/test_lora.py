@@ -13,6 +13,8 @@ from peft.utils import set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from p2d_peft.tuners import HeadSparseConfig
 from p2d_peft.tuners.head_sparse import lora as lora_module
@@ -289,6 +291,51 @@ def test_tied_embeddings_stay_tied(tmp_path):
     assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
 
 
+def _compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def _compiled_inside(model):
+    """Of a model that was compiled before it got its adapter, and a layer by itself."""
+    model.base_model.model = _compiled(model.base_model.model)
+    layers = model.get_base_model().model.layers
+    layers[2] = _compiled(layers[2])
+    return model
+
+
+WRAPPED = {
+    "compiled": _compiled,
+    "compiled inside": _compiled_inside,
+    "data parallel": nn.DataParallel,
+    "compiled in data parallel": lambda model: nn.DataParallel(_compiled(model)),
+    "compiled data parallel": lambda model: _compiled(nn.DataParallel(model)),
+    "activation checkpointing": lambda model: (
+        apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, LlamaAttention)) or model
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_what_is_wrapped_around_the_model_or_its_parts_is_not_in_the_file(name, tmp_path):
+    model = randomize(attach(tiny_model(), modules_to_save=["norm"], trainable_token_indices=[3]))
+    expected = convert_to_lora(model)
+    wrapped = WRAPPED[name](model)
+    report = save_as_lora(wrapped, tmp_path)
+    assert report.ranks == expected_ranks(model.config, HEADS) and report == lora_report(wrapped)
+    config, state_dict = convert_to_lora(wrapped)
+    assert config == expected[0] and state_dict.keys() == expected[1].keys()
+    assert all(torch.equal(tensor, expected[1][key]) for key, tensor in state_dict.items())
+    assert load_file(tmp_path / "adapter_model.safetensors").keys() == expected[1].keys()
+    load(tiny_model(), tmp_path)
+
+
+@needs_own_adapter_methods
+def test_a_compiled_transformers_model_with_an_adapter_of_its_own():
+    model = tiny_model()
+    model.add_adapter(HeadSparseConfig(heads=HEADS))
+    assert lora_report(_compiled(model)).ranks == expected_ranks(model.config, HEADS)
+
+
 @needs_own_adapter_methods
 def test_a_transformers_model_with_an_adapter_of_its_own(tmp_path):
     model = tiny_model()
@@ -362,7 +409,7 @@ def test_a_delta_of_low_rank_survives_its_truncation():
     model = attach(tiny_model(), heads={0: [0, 1], 1: [2, 3]}, init_weights=True)
     with torch.no_grad():
         for layer in layers_of(model):
-            delta = layer.head_sparse_delta["default"]
+            delta = layer.head_sparse_delta["default"].weight
             delta.copy_(torch.randn(delta.shape[0], 3) @ torch.randn(3, delta.shape[1]))
     report = lora_report(model, max_rank=3)
     assert set(report.ranks.values()) == {3} and report.error < 1e-6

@@ -82,7 +82,7 @@ def randomize(model, adapter_name="default", std=0.05):
     with torch.no_grad():
         for layer in layers_of(model):
             if adapter_name in layer.head_sparse_delta:
-                nn.init.normal_(layer.head_sparse_delta[adapter_name], std=std)
+                nn.init.normal_(layer.head_sparse_delta[adapter_name].weight, std=std)
     return model
 
 
@@ -92,7 +92,7 @@ def test_untrained_adapter_is_the_base_model_bit_for_bit(name, dtype):
     base = logits(tiny_model(name, dtype))
     model = attach(tiny_model(name, dtype), heads=None, init_weights=True)
     assert len(layers_of(model)) == 4 * 3
-    assert all(layer.head_sparse_delta["default"].dtype == torch.float32 for layer in layers_of(model))
+    assert all(layer.head_sparse_delta["default"].weight.dtype == torch.float32 for layer in layers_of(model))
     assert torch.equal(bits(logits(model)), bits(base))
 
 
@@ -131,7 +131,7 @@ def test_gradients_are_the_full_models_on_the_slices(name):
         if parameter_name not in masks:
             continue
         layer = model.get_submodule("base_model.model." + parameter_name.removesuffix(".weight"))
-        gradient = layer.head_sparse_delta["default"].grad
+        gradient = layer.head_sparse_delta["default"].weight.grad
         expected = parameter.grad[masks[parameter_name]].reshape(gradient.shape)
         assert expected.count_nonzero() > 0.9 * expected.numel()
         torch.testing.assert_close(gradient, expected)
@@ -153,7 +153,7 @@ def test_each_slice_reaches_its_heads_outputs_only(name):
             unit = head // (H // G) if role in "kv" else head
             projection = attention.get_submodule(NAMES[role])
             with torch.no_grad():
-                projection.head_sparse_delta["default"].copy_(-2 * projection.weight[unit * D : (unit + 1) * D])
+                projection.head_sparse_delta["default"].weight.copy_(-2 * projection.weight[unit * D : (unit + 1) * D])
                 if projection.bias is not None:
                     projection.bias[unit * D : (unit + 1) * D] *= -1
             logits(model)
@@ -212,7 +212,7 @@ def test_merging_overlapping_adapters_and_back(name, dtype):
 def test_safe_merge_finds_nan_before_anything_is_touched(how):
     model = attach(tiny_model())
     with torch.no_grad():
-        layers_of(model)[-1].head_sparse_delta["default"][0, 0] = float("nan")
+        layers_of(model)[-1].head_sparse_delta["default"].weight[0, 0] = float("nan")
     before = snapshot(model)
     with pytest.raises(ValueError, match="The adapter default seems to be broken"):
         getattr(model, how)(safe_merge=True)
@@ -250,7 +250,7 @@ def test_checkpoint_holds_the_trained_elements_only(name, tmp_path):
     assert model.get_nb_trainable_parameters() == (trained, total + trained)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
-    assert all(key.endswith(".head_sparse_delta") for key in saved)
+    assert all(key.endswith(".head_sparse_delta.weight") for key in saved)
     assert sum(tensor.numel() for tensor in saved.values()) == trained
     assert (tmp_path / "adapter_model.safetensors").stat().st_size <= trained * 4 + 8 * 1024
 
@@ -296,7 +296,7 @@ def test_several_adapters():
     second = logits(model)
     assert not torch.equal(second, first) and not torch.equal(second, base)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
-        n for n, _ in model.named_parameters() if n.endswith("_delta.second")
+        n for n, _ in model.named_parameters() if n.endswith("_delta.second.weight")
     }
     with model.disable_adapter():
         assert torch.equal(logits(model), base)
@@ -314,13 +314,13 @@ def test_several_adapters():
 
 
 def test_inactive_adapter_of_a_bf16_model_is_not_trained():
-    """PEFT makes each parameter that it casts to fp32 trainable."""
+    """An adapter in half precision is cast to fp32, which must not make it trainable."""
     model = attach(tiny_model(dtype=torch.bfloat16))
     count = model.get_nb_trainable_parameters()[0]
     model.add_adapter("second", HeadSparseConfig(heads=[0]))
     assert model.get_nb_trainable_parameters()[0] == count
     model.set_adapter("second")
-    assert {n.rsplit(".", 1)[1] for n, p in model.named_parameters() if p.requires_grad} == {"second"}
+    assert {n.rsplit(".", 2)[1] for n, p in model.named_parameters() if p.requires_grad} == {"second"}
 
 
 def test_adapters_on_disjoint_heads_add_up():
@@ -339,7 +339,7 @@ def test_adapters_on_disjoint_heads_add_up():
             if isinstance(layer, HeadSparseLayer):
                 weight_slice = layer.head_sparse_slice["default"]
                 index = torch.tensor(weight_slice.indices)
-                layer.head_sparse_delta["default"].copy_(dense[name].index_select(weight_slice.dim, index))
+                layer.head_sparse_delta["default"].weight.copy_(dense[name].index_select(weight_slice.dim, index))
     torch.testing.assert_close(logits(model), logits(union), atol=1e-6, rtol=1e-5)
     assert (logits(model) - logits(tiny_model())).abs().max() > 1e-3
 
@@ -588,7 +588,7 @@ def test_loads_its_state_dict_within_wrappers():
     model.load_state_dict(state)
     assert torch.equal(logits(model), expected)
 
-    homeless = {"base_model.model.model.layers.1.self_attn.q_proj.head_sparse_delta.default": torch.zeros(1)}
+    homeless = {"base_model.model.model.layers.1.self_attn.q_proj.head_sparse_delta.default.weight": torch.zeros(1)}
     with pytest.raises(ValueError, match=r"delta for 'model\.layers\.1\.self_attn\.q_proj', which holds none of"):
         model.load_state_dict(homeless, strict=False)
 
@@ -708,11 +708,39 @@ def test_failing_second_adapter_leaves_the_first():
     assert list(injected.peft_config) == ["default"]
 
 
+def test_failing_second_wrapper_leaves_the_first(tmp_path):
+    base = tiny_model()
+    model = attach(base)
+    expected, config = logits(model), copy.deepcopy(model.peft_config["default"])
+    with (
+        pytest.warns(UserWarning, match="modify a model with PEFT for a second time|Already found"),
+        pytest.raises(ValueError, match=r"holds \(9, 1\)"),
+    ):
+        get_peft_model(base, HeadSparseConfig(heads={9: [1]}))
+    assert model.peft_config == {"default": config} and torch.equal(logits(model), expected)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path)), expected)
+
+
+def test_a_name_that_begins_as_the_parameters_do(tmp_path):
+    name = "head_sparse_math"
+    model = get_peft_model(tiny_model(), HeadSparseConfig(heads=HEADS, init_weights=False), adapter_name=name)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / name, adapter_name=name)
+    assert torch.equal(logits(loaded), expected)
+    state = snapshot(model)
+    randomize(model, name)
+    assert not torch.equal(logits(model), expected)
+    model.load_state_dict(state)
+    assert torch.equal(logits(model), expected)
+
+
 @pytest.mark.parametrize("name", ["v1.0", "weight", "keys"])
 def test_names_that_no_parameter_can_have(name):
     model = attach(tiny_model())
     expected = logits(model)
-    with pytest.raises(ValueError, match=f"`adapter_name`='{re.escape(name)}' cannot be the name of a parameter"):
+    with pytest.raises(ValueError, match=f"`adapter_name`='{re.escape(name)}' cannot be the name of a module"):
         model.add_adapter(name, HeadSparseConfig(heads=HEADS))
     assert list(model.peft_config) == ["default"] and torch.equal(logits(model), expected)
     assert all(list(layer.head_sparse_slice) == ["default"] for layer in layers_of(model))

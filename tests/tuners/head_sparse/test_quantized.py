@@ -82,7 +82,7 @@ def test_merge_is_as_exact_as_the_quantization(scheme, folder):
 def test_safe_merge_finds_nan_before_a_weight_is_quantized_again(folder):
     model = get_peft_model(load_quantized(folder, "nf4"), HeadSparseConfig(heads=HEADS))
     with torch.no_grad():
-        layers_of(model)[-1].head_sparse_delta["default"][0, 0] = float("nan")
+        layers_of(model)[-1].head_sparse_delta["default"].weight[0, 0] = float("nan")
     before = [layer.base_layer.weight.clone() for layer in layers_of(model)]
     with pytest.raises(ValueError, match="The adapter default seems to be broken"):
         model.merge_and_unload(safe_merge=True)
