@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
+from datasets import Dataset, IterableDataset
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.training_args import OptimizerNames
+from trl import pack_dataset
 
 from ..heads import HeadSet, ModelGeometry
 from .arguments import spreads_weights_as_loaded
@@ -17,6 +20,8 @@ from .config import P2DConfig
 
 if TYPE_CHECKING:
     from .p2d_trainer import P2DTrainer
+
+logger = logging.getLogger(__name__)
 
 
 def check_sharding(args: P2DConfig) -> None:
@@ -84,6 +89,72 @@ def check_attention(model: str, args: P2DConfig, heads: HeadSet | None = None) -
     if geometry is not None and heads is not None:
         geometry.check(heads)
     return kwargs.get("quantization_config") is not None or hasattr(config, "quantization_config")
+
+
+def check_packing(args: P2DConfig) -> None:
+    """
+    Check the arguments of packing, which is put off until rows are chosen, so that `SFTTrainer` would refuse them only then.
+
+    Raises:
+        `ValueError`: as `SFTTrainer` does.
+    """
+    if args.max_length is None:
+        raise ValueError("When packing is enabled, `max_length` can't be `None`.")
+    pack_dataset(Dataset.from_dict({"input_ids": [[0]]}), args.max_length, args.packing_strategy)
+
+
+def check_rows_are_left(name: str, dataset: Any, prepared: Any, args: P2DConfig) -> None:
+    """
+    Check that a dataset still has rows once it is prepared: `SFTTrainer` leaves out those of which truncation leaves no token
+    that counts. Of fewer rows than there were, it tells.
+
+    Args:
+        name (`str`): The argument that it was given as.
+        dataset (`Dataset` or `IterableDataset`): The dataset as it was given; of a stream nothing is known.
+        prepared (`Dataset` or `IterableDataset`): What became of it.
+        args ([`P2DConfig`]): With the `max_length`.
+
+    Raises:
+        `ValueError`: if there is none.
+    """
+    if not (isinstance(dataset, Dataset) and isinstance(prepared, Dataset)) or len(prepared) == len(dataset):
+        return
+    if not len(prepared):
+        raise ValueError(
+            f"None of the {len(dataset)} rows of `{name}` has a token that counts within `max_length`={args.max_length}. "
+            "Raise it, or look at what is masked."
+        )
+    logger.warning(
+        "%d of the %d rows of `%s` have no token that counts within `max_length`=%s and are left out; the others are "
+        "numbered without them.",
+        len(dataset) - len(prepared),
+        len(dataset),
+        name,
+        args.max_length,
+    )
+
+
+def check_batches_are_left(args: P2DConfig, selected: Any) -> None:
+    """
+    Check that `dataloader_drop_last` leaves a batch of the rows that are to be trained on.
+
+    Args:
+        args ([`P2DConfig`]): The arguments.
+        selected (`Dataset`, `IterableDataset` or `int`): The rows, or their number; of a stream nothing is known.
+
+    Raises:
+        `ValueError`: if it leaves none.
+    """
+    if isinstance(selected, IterableDataset) or not args.dataloader_drop_last:
+        return
+    n_rows = selected if isinstance(selected, int) else len(selected)
+    size = args.per_device_train_batch_size * args.world_size
+    if n_rows < size:
+        raise ValueError(
+            f"`dataloader_drop_last` leaves no batch: {n_rows} rows are to be trained on, and a batch of all processes has "
+            f"{size}. Raise `data_ratio` ({args.data_ratio}), or lower `per_device_train_batch_size` "
+            f"({args.per_device_train_batch_size})."
+        )
 
 
 def check_optimizer_is_there(trainer: P2DTrainer) -> None:

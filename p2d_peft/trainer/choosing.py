@@ -25,6 +25,7 @@ from ..selection.progress import quiet_datasets
 from ..selection.selector import needs_heads, scores_per_target
 from .added_tokens import vocabulary
 from .arguments import changed
+from .checks import check_batches_are_left
 from .config import P2DConfig
 from .data_checks import check_datasets
 from .data_files import save_data_files
@@ -81,6 +82,8 @@ def choose(trainer: P2DTrainer) -> P2DState:
     # a stream's numbers are known once it was read
     n_rows = len(pool) if isinstance(pool, Dataset) else None
     check_reference(trainer, n_rows)
+    if n_rows is not None and trainer._given_selector is None and not args.packing:
+        check_batches_are_left(args, max(1, round(args.data_ratio * n_rows)))  # as many as will be selected
     check_datasets(trainer, pool)
     heads = scored_by = trainer.heads
     method = None
@@ -106,11 +109,13 @@ def choose(trainer: P2DTrainer) -> P2DState:
         if trainer.is_world_process_zero():
             save_data_files(trainer, selector, pool)
     with _without_virtual_tokens(trainer.model):
-        state.reference = find_reference(trainer, pool, state.pool_rows, state.pool_tokens, _epochs(args, state))
+        state.reference = find_reference(
+            trainer, pool, state.pool_rows, state.pool_tokens, expected_epochs(args, state)
+        )
     return state
 
 
-def _epochs(args: P2DConfig, state: P2DState) -> float:
+def expected_epochs(args: P2DConfig, state: P2DState) -> float:
     """Epochs that will be trained on the selected rows, which are taken to be as long as the others."""
     if state.rows is None or state.pool_rows is None or state.pool_tokens is None:
         return epochs_of_run(args, state.pool_rows, state.pool_tokens)

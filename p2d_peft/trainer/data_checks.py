@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# How the arguments are called under which SFTTrainer prepares datasets.
-ARGUMENTS = {"train": "train_dataset", "eval": "eval_dataset"}
 _ROWS = 1024
 
 

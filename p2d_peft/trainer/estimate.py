@@ -145,7 +145,7 @@ def _training_steps(trainer: P2DTrainer, pool: Dataset, n_tokens: int, heads: He
     batches = [
         batch
         for dataset in ((rows, rows) if trainer.args.packing else (longest, rows))
-        for batch in training_batches(dataset, size, trainer.pad_token_id)
+        for batch in training_batches(dataset, size, trainer.pad_token_id, trainer.args.pad_to_multiple_of)
     ]
     with training_mode(trainer) as (training_loss, make_optimizer), _adapter_on(trainer, heads):
         trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]

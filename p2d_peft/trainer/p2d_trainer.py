@@ -6,7 +6,7 @@ import inspect
 import logging
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +33,26 @@ from ..selection.selector import needs_heads
 from ..tuners import HeadSparseConfig
 from .added_tokens import brings_tokens, learn_tokens, load_processing_class, vocabulary
 from .arguments import as_p2d_config, changed
-from .checks import check_attention, check_optimizer, check_optimizer_is_there, check_sharding, check_trainable
+from .checks import (
+    check_attention,
+    check_batches_are_left,
+    check_optimizer,
+    check_optimizer_is_there,
+    check_packing,
+    check_rows_are_left,
+    check_sharding,
+    check_trainable,
+)
 from .choosing import choose, scores_folder
 from .config import P2DConfig
-from .data_checks import ARGUMENTS
 from .data_files import remove_earlier_run
 from .deferred_adapter import BackwardEndsAtLowestHead, DeferredAdapter, attach, check_attachable
 from .estimate import estimate_run
 from .interruption import explained_interruption
 from .model_card import complete_model_card
-from .reference import count_tokens
+from .reference import count_tokens, has_own_loss
 from .reporting import make_report, report_metrics
+from .resuming import check_heads_and_reference, choosing_arguments, with_those_of_the_choice
 from .run_estimate import RunEstimate
 from .saved_files import load_head_scores, save_beside_model, save_heads
 from .state import P2DState, check_same_choices, digest_of_rows
@@ -251,7 +260,7 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         if self.target_dataset is not None and not self._skip_prepare_dataset:
             if isinstance(self.target_dataset, Dataset):
                 check_rows(self.target_dataset, self.processing_class, args, formatting_func, "target_dataset")
-            self.target_dataset = super()._prepare_dataset(
+            prepared = super()._prepare_dataset(
                 self.target_dataset,
                 self.processing_class,
                 changed(args, shuffle_dataset=False),
@@ -259,6 +268,8 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
                 formatting_func,
                 "target",
             )
+            check_rows_are_left("target_dataset", self.target_dataset, prepared, args)
+            self.target_dataset = prepared
 
     def _prepare_dataset(
         self,
@@ -269,17 +280,23 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         formatting_func: Callable[[dict[str, Any]], str] | None,
         dataset_name: str,
     ) -> Any:
+        is_pool, self._pool_is_next = self._pool_is_next, False  # SFTTrainer prepares the training set first
         is_plain = isinstance(dataset, Dataset) and dataset.format["type"] != "custom"
         if args.p2d and is_plain:
-            name = ARGUMENTS.get(dataset_name, f"eval_dataset['{dataset_name}']")
+            of_several = "eval_dataset" if dataset_name == "eval" else f"eval_dataset['{dataset_name}']"
+            name = "train_dataset" if is_pool else of_several
             check_rows(dataset, processing_class, args, formatting_func, name)
-        if self._pool_is_next:  # SFTTrainer prepares the training set first
-            self._pool_is_next = False
-            if packing:
-                # Rows are chosen as samples and packed afterwards, see _start_from. Packing, not truncation, deals
-                # with long rows, so they keep their length.
-                packing, args = False, changed(args, max_length=None)
-        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        if not is_pool:
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        if packing:
+            check_packing(args)
+            # Packing, not truncation, deals with long rows, so they keep their length.
+            args = changed(args, max_length=None)
+        # Rows are chosen as the user numbers them, and shuffled and packed afterwards, see _start_from.
+        args = changed(args, shuffle_dataset=False)
+        prepared = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
+        check_rows_are_left("train_dataset", dataset, prepared, args)
+        return prepared
 
     def train(
         self,
@@ -308,7 +325,7 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             self._clock.set(StageCosts())
             if resume_from_checkpoint:  # what the steps before took is not known, so there is nothing to report
                 return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-            with self._clock.stage("train", tokens=self._trained_tokens):
+            with self._train_stage():
                 return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if self._p2d_state is None:
             if self._head_sparse_config is None:
@@ -326,16 +343,19 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
                 check_same_choices(self._p2d_state, state, checkpoint)
             self._clock.set(costs)
             if self._p2d_state is None:
+                check_heads_and_reference(self, state, checkpoint)
                 self._start_from(state)
+                self.args = with_those_of_the_choice(self.args, state, checkpoint)
                 self.head_scores = load_head_scores(checkpoint)
         elif self._p2d_state is None:
             check_optimizer_is_there(self)
             with no_bars() if self.args.disable_tqdm else nullcontext():
                 state = choose(self)
+            state.arguments = choosing_arguments(self.args)
             self._start_from(state)
         else:  # a second training is charged for itself, and again for what it builds on
             self._clock.set(self._clock.costs.without("train"))
-        with self._clock.stage("train", tokens=self._trained_tokens):
+        with self._train_stage():
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if (folder := scores_folder(self.args)) is not None and self.is_world_process_zero():
             shutil.rmtree(folder, ignore_errors=True)
@@ -358,9 +378,11 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         """
         return estimate_run(self)
 
-    def _trained_tokens(self) -> int:
-        tokens: int = self._total_train_tokens  # SFTTrainer's count, of all processes
-        return tokens
+    def _train_stage(self) -> AbstractContextManager[None]:
+        """The context that is charged to training."""
+        if has_own_loss(self):  # which SFTTrainer's own would count
+            return self._clock.stage("train", self.model)
+        return self._clock.stage("train", tokens=lambda: self._total_train_tokens)  # of all processes
 
     def _start_from(self, state: P2DState) -> None:
         """Put the chosen rows in the place of the pool and attach the adapter to the chosen heads."""
@@ -380,8 +402,12 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
         state.rows_digest = digest or state.rows_digest
         if state.selected_tokens is None and state.rows is not None:
             state.selected_tokens = count_tokens(tokenized(self, selected), self.args)
-        if self.args.packing and not self._skip_prepare_dataset:
-            selected = super()._prepare_dataset(selected, self.processing_class, self.args, True, None, "selected")
+        if not self._skip_prepare_dataset:
+            if self.args.packing:
+                selected = super()._prepare_dataset(selected, self.processing_class, self.args, True, None, "selected")
+            elif self.args.shuffle_dataset:
+                selected = selected.shuffle(seed=self.args.seed)
+        check_batches_are_left(self.args, selected)
         if self._head_sparse_config is not None:
             assert state.heads is not None
             self.model = attach(self.model, self._head_sparse_config, state.heads, self.args)

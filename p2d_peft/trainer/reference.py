@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, IterableDataset
 from transformers.trainer_optimizer import is_optimizer_factory
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..efficiency import Reference, estimate_reference
@@ -136,6 +139,9 @@ def _estimated(
     if any(parameter.is_meta for parameter in model.parameters()):
         _warn_of_no_estimate("Some of the weights are offloaded, and full fine-tuning needs all of them.")
         return None
+    if args.torch_compile:
+        _warn_of_no_estimate("The training is compiled, and a few steps would not show what that brings.")
+        return None
     if is_sharded(trainer) and model_device(model).type != trainer.accelerator.device.type:
         _warn_of_no_estimate("The model is brought to where it is trained only then.")
         return None
@@ -145,7 +151,7 @@ def _estimated(
         with training_mode(trainer) as (training_loss, make_optimizer):
             reference = estimate_reference(
                 model,
-                training_batches(drawn, size, trainer.pad_token_id),
+                training_batches(drawn, size, trainer.pad_token_id, args.pad_to_multiple_of),
                 training_loss,
                 make_optimizer,
                 pool_tokens=pool_tokens / args.world_size,
@@ -191,7 +197,10 @@ def training_mode(trainer: P2DTrainer) -> Iterator[tuple[TrainingLoss, MakeOptim
     def training_loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         on_device = {key: value.to(device) for key, value in batch.items()}
         with trainer.accelerator.autocast(), trainer.maybe_activation_offload_context:
-            loss: torch.Tensor = model(**on_device, use_cache=False, fused_lm_head=True).loss
+            if has_own_loss(trainer) or trainer.label_smoother is not None or trainer.compute_loss_func is not None:
+                loss: torch.Tensor = trainer.compute_loss(model, on_device)
+            else:  # what SFTTrainer computes then, without its metrics, for which all processes have to come together
+                loss = model(**on_device, use_cache=False, fused_lm_head=True).loss
         return loss
 
     def make_optimizer(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -200,9 +209,25 @@ def training_mode(trainer: P2DTrainer) -> Iterator[tuple[TrainingLoss, MakeOptim
             return made
         return optimizer_class(parameters, **optimizer_kwargs)
 
-    with preserved_state(model), _checkpointing_as_in_training(model, args):
+    with preserved_state(model), _checkpointing_as_in_training(model, args), _counts_kept(trainer):
         model.train()
         yield training_loss, make_optimizer
+
+
+def has_own_loss(trainer: P2DTrainer) -> bool:
+    """Whether a subclass computes the loss in a way of its own."""
+    return type(trainer).compute_loss is not SFTTrainer.compute_loss
+
+
+@contextmanager
+def _counts_kept(trainer: P2DTrainer) -> Iterator[None]:
+    """Context after which the trainer has counted what it had before: computing a loss adds to its metrics and tokens."""
+    metrics, tokens = trainer._metrics, trainer._total_train_tokens
+    trainer._metrics = copy.deepcopy(metrics)
+    try:
+        yield
+    finally:
+        trainer._metrics, trainer._total_train_tokens = metrics, tokens
 
 
 @contextmanager
@@ -231,9 +256,11 @@ def effective_batch_size(args: P2DConfig) -> int:
 def steps_of_an_epoch(args: P2DConfig, n_rows: int, n_tokens: float) -> int:
     """Optimizer steps of an epoch over so many rows with so many tokens."""
     if args.packing:
-        assert args.max_length is not None  # as SFTTrainer demands
+        assert args.max_length is not None  # checked when the trainer is made
         n_rows = math.ceil(n_tokens / args.max_length)
-    return math.ceil(n_rows / effective_batch_size(args))
+    n_batches = n_rows / (args.per_device_train_batch_size * args.world_size)
+    n_batches = math.floor(n_batches) if args.dataloader_drop_last else math.ceil(n_batches)
+    return max(1, math.ceil(n_batches / args.gradient_accumulation_steps))
 
 
 def epochs_of_run(args: P2DConfig, n_rows: int | None, n_tokens: float | None) -> float:
@@ -253,13 +280,15 @@ def random_rows(
 ) -> Dataset:
     """
     So many rows, or less if there are not so many, as the training would take them: drawn from a pool (of a stream, its
-    first ones), and packed.
+    first ones), packed, or in batches of like length.
     """
     args = trainer.args
     needed = math.ceil(count * args.max_length / pool_tokens * pool_rows) if args.packing else count
     needed = min(needed, pool_rows)
     if isinstance(pool, IterableDataset):
         drawn = dataset_of(list(pool.take(needed)), pool)
+    elif args.train_sampling_strategy == "group_by_length" and not args.packing:
+        drawn = pool.select(_in_batches_of_like_length(args, pool)[:needed])
     else:
         drawn = pool.shuffle(seed=args.seed).select(range(needed))
     if args.packing:
@@ -267,7 +296,22 @@ def random_rows(
     return drawn.select(range(min(len(drawn), count)))
 
 
-def training_batches(dataset: Dataset, size: int, pad_token_id: int) -> list[dict[str, torch.Tensor]]:
+def _in_batches_of_like_length(args: P2DConfig, pool: Dataset) -> list[int]:
+    """The rows' numbers, batch by batch as `Trainer` groups them, the batches in a random order."""
+    generator = torch.Generator().manual_seed(args.seed)
+    lengths = [len(ids) for ids in pool.with_format(None)["input_ids"]]
+    sampler = LengthGroupedSampler(
+        args.train_batch_size * args.gradient_accumulation_steps, lengths=lengths, generator=generator
+    )
+    order, size = list(sampler), args.per_device_train_batch_size
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    whole = [batch for batch in batches if len(batch) == size] or batches
+    return [row for number in torch.randperm(len(whole), generator=generator).tolist() for row in whole[number]]
+
+
+def training_batches(
+    dataset: Dataset, size: int, pad_token_id: int, pad_to_multiple_of: int | None = None
+) -> list[dict[str, torch.Tensor]]:
     """
     The batches of a prepared dataset as the training would make them, but never padding-free, which only
     FlashAttention can tell apart into rows.
@@ -275,7 +319,7 @@ def training_batches(dataset: Dataset, size: int, pad_token_id: int) -> list[dic
     Returns:
         `list[dict[str, torch.Tensor]]`: `input_ids`, `attention_mask` and `labels` of shape (size, T), int64.
     """
-    collate = DataCollatorForLanguageModeling(pad_token_id=pad_token_id)
+    collate = DataCollatorForLanguageModeling(pad_token_id=pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
     columns = [column for column in ("input_ids", "labels") if column in dataset.column_names]
     rows = dataset.select_columns(columns).with_format(None).to_list()
     return [collate(rows[start : start + size]) for start in range(0, len(rows), size)]

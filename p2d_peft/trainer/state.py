@@ -40,6 +40,8 @@ class P2DState:
         scoring_heads (`HeadSet`, *optional*): The heads that scored the rows; None if the scorer needs none.
         rows_digest (`str`, *optional*): What the tokens of the rows that are trained on come to, in their order; None where
             nobody has read them (a stream), and in checkpoints of earlier versions.
+        arguments (`dict[str, Any]`, *optional*): The arguments that heads and rows were chosen by; None in checkpoints of
+            earlier versions.
     """
 
     heads: HeadSet | None
@@ -53,6 +55,7 @@ class P2DState:
     reference: Reference | None = None
     scoring_heads: HeadSet | None = None
     rows_digest: str | None = None
+    arguments: dict[str, Any] | None = None
 
     def save(self, folder: str | Path, costs: StageCosts) -> None:
         """Write the state and the costs of the stages so far into a checkpoint's folder."""
@@ -92,7 +95,12 @@ class P2DState:
 
     @classmethod
     def _of_json(cls, data: Mapping[str, Any]) -> P2DState:
-        data = {"scoring_heads": None, "rows_digest": None, **data}  # not told by checkpoints of earlier versions
+        data = {
+            "scoring_heads": None,
+            "rows_digest": None,
+            "arguments": None,
+            **data,
+        }  # not told by checkpoints of earlier versions
         reference = data.get("reference")
         sets = {name: data.get(name) for name in ("heads", "scoring_heads")}
         parts = {

@@ -40,8 +40,8 @@ def config(tmp_path, **changes):
     return P2DConfig(str(tmp_path), **{**values, **changes})
 
 
-def trainer(tmp_path, model=None, pool=None, target=None, changes=None, **kwargs):
-    return P2DTrainer(
+def trainer(tmp_path, model=None, pool=None, target=None, changes=None, kind=P2DTrainer, **kwargs):
+    return kind(
         tiny_model() if model is None else model,
         config(tmp_path, **(changes or {})),
         train_dataset=prompt_completion(32) if pool is None else pool,
@@ -299,6 +299,77 @@ def test_resuming_with_the_pool_in_another_order_is_refused(tmp_path):
     path = tmp_path / "checkpoint-8" / "p2d_state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "rows_digest": None}))
     other.train(resume_from_checkpoint=True)
+
+
+def test_tokens_are_counted_where_a_subclass_computes_the_loss(tmp_path):
+    class OwnLoss(P2DTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+            return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
+
+    for changes in ({}, {"p2d": False}):
+        changes |= {"max_steps": 3, "reference_steps": 0, "localize_method": "random"}
+        expected, own = (
+            trainer(tmp_path / "1", changes=changes),
+            trainer(tmp_path / "2", changes=changes, kind=OwnLoss),
+        )
+        expected.train()
+        own.train()
+        assert own.report.stage_tokens == expected.report.stage_tokens and own.report.stage_tokens["train"] > 0
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_pool_that_is_to_be_shuffled_keeps_its_numbers(packing, tmp_path):
+    """The numbers of the selected rows are those of `train_dataset` as it was given."""
+    changes = {"shuffle_dataset": True, "packing": packing, "max_length": 64, "reference_steps": 0}
+    pool = prompt_completion(32)
+    run, plain = trainer(tmp_path / "1", changes=changes), trainer(tmp_path / "2", changes={"reference_steps": 0})
+    run.train()
+    plain.train()
+    assert run.selector.rows == plain.selector.rows
+    if not packing:
+        assert run.train_dataset["prompt"][:] != pool.select(run.selector.rows)["prompt"][:]
+        assert sorted(run.train_dataset["prompt"]) == sorted(pool.select(run.selector.rows)["prompt"])
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_shuffled_run_on_all_rows_is_that_of_sft_trainer(packing, tmp_path):
+    changes = {"shuffle_dataset": True, "packing": packing, "max_length": 64, "data_ratio": 1.0, "max_steps": 3}
+    adapter = HeadSparseConfig(heads=HeadSet([(0, 1)]), task_type="CAUSAL_LM")
+    run = trainer(tmp_path, changes={**changes, "reference_steps": 0}, peft_config=adapter)
+    run.train()
+    assert_trains_as(run, plain_sft(run, prompt_completion(32), peft_config=adapter))
+
+
+def test_rows_that_truncation_leaves_nothing_of_are_told_of(tmp_path, caplog):
+    pool = prompt_completion(32).map(lambda row, i: {"prompt": "a" * 99} if i % 4 == 0 else {}, with_indices=True)
+    run = trainer(tmp_path, pool=pool, changes={"max_length": 60})
+    assert "8 of the 32 rows of `train_dataset` have no token that counts within `max_length`=60" in caplog.text
+    assert len(run.train_dataset) == 24
+    long = prompt_completion(32).map(lambda row: {"prompt": "a" * 99})
+    for name, given in (("train_dataset", {"pool": long}), ("target_dataset", {"target": long})):
+        with pytest.raises(ValueError, match=f"None of the 32 rows of `{name}` has a token that counts within .*=60"):
+            trainer(tmp_path, **given, changes={"max_length": 60})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_length": None}, "`max_length` can't be `None`"),
+        ({"max_length": 30, "packing_strategy": "bdf"}, "[Pp]acking"),
+    ],
+)
+def test_what_packing_lacks_is_told_when_the_trainer_is_made(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, changes={"packing": True, **changes})
+
+
+@pytest.mark.parametrize("max_steps", [-1, 3])
+def test_a_batch_that_the_selected_rows_do_not_fill_is_refused_before_the_stages(max_steps, tmp_path, monkeypatch):
+    changes = {"dataloader_drop_last": True, "per_device_train_batch_size": 20, "max_steps": max_steps}
+    monkeypatch.setattr(choosing, "localize_heads", pytest.fail)
+    with pytest.raises(ValueError, match=r"leaves no batch: 16 rows are to be trained on, and a batch .* has 20"):
+        trainer(tmp_path, changes=changes).train()
 
 
 def test_a_second_training_goes_on_with_the_same_rows_and_weights(tmp_path, monkeypatch):

@@ -1,17 +1,27 @@
+import copy
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
+from torch import nn
 from transformers import TrainerCallback
 from trl import pack_dataset
 
-from p2d_peft import HeadSet
+from p2d_peft import HeadSet, P2DTrainer
 from p2d_peft.efficiency import Reference
 from p2d_peft.trainer import reference as module
-from p2d_peft.trainer.reference import check_reference, count_tokens, epochs_of_run, find_reference
+from p2d_peft.trainer.reference import (
+    check_reference,
+    count_tokens,
+    epochs_of_run,
+    find_reference,
+    random_rows,
+    steps_of_an_epoch,
+)
 
+from ..tiny_data import prompt_completion
 from .plain_sft import plain_sft
 from .test_measured_run import FULL, METRICS
 from .test_p2d_trainer import config, trainer
@@ -158,6 +168,71 @@ def test_of_a_run_that_stops_early_the_reference_is_as_much(tmp_path):
     run = trainer(tmp_path, changes=changes, heads=HeadSet([(0, 1)]), callbacks=[Stop()])
     run.train()
     assert (run.state.max_steps, run.report.reference_seconds) == (8, 25)
+
+
+class OwnLoss(P2DTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        model(**inputs)  # of a teacher, say
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+@pytest.mark.parametrize("loss", ["plain", "label smoothing", "a function", "a subclass"])
+def test_the_reference_passes_as_often_through_the_model_as_the_training(loss, tmp_path):
+    changes = {"max_steps": 2, "scorer": "random", "label_smoothing_factor": 0.1 if loss == "label smoothing" else 0.0}
+
+    def compute_loss(outputs, labels, num_items_in_batch=None):
+        return nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    given = {"compute_loss_func": compute_loss} if loss == "a function" else {}
+    kind = OwnLoss if loss == "a subclass" else P2DTrainer
+    run = trainer(tmp_path, changes=changes, heads=HeadSet([(0, 1)]), kind=kind, **given)
+    passes = []
+    run.model.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    metrics = copy.deepcopy(run._metrics)
+    assert find_reference(run, run.train_dataset, 32, 1000, 1.0).source == "estimated"
+    estimated = list(passes)
+    assert run._metrics == metrics and run._total_train_tokens == 0
+    passes.clear()
+    run.args.reference_steps = 0
+    run.train()
+    assert passes == estimated and len(passes) == (2 if loss == "plain" else 4)
+
+
+def test_the_reference_pads_as_the_training_does(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        module, "estimate_reference", lambda model, batches, *_, **__: seen.extend(batches) or Reference(1.0, "given")
+    )
+    run = trainer(tmp_path, changes={"pad_to_multiple_of": 64})
+    find_reference(run, run.train_dataset, 32, 1000, 1.0)
+    assert [tuple(batch["input_ids"].shape) for batch in seen] == [(4, 64)] * 2
+
+
+def test_rows_that_are_grouped_by_length_are_so_in_the_reference(tmp_path):
+    pool = prompt_completion(64)
+    lengths = torch.randint(10, 150, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    pool = pool.map(lambda row, i: {"prompt": "a" * lengths[i]}, with_indices=True)
+
+    def spread(changes):
+        run = trainer(tmp_path, pool=pool, changes=changes)
+        rows = random_rows(run, run.train_dataset, 32, 64, 1000)
+        sizes = list(map(len, rows["input_ids"]))
+        assert len(sizes) == 32
+        return sum(max(batch) - min(batch) for batch in zip(*[iter(sizes)] * 4, strict=True))
+
+    assert spread({"train_sampling_strategy": "group_by_length"}) < 0.6 * spread({})
+
+
+def test_of_a_compiled_training_there_is_no_estimate(tmp_path, caplog):
+    run = trainer(tmp_path)
+    run.args.torch_compile = True
+    assert find_reference(run, run.train_dataset, 32, 1000, 1.0) is None
+    assert "could not be estimated, so there will be no AER: The training is compiled" in caplog.text
+
+
+def test_a_last_batch_that_is_dropped_is_no_step(tmp_path):
+    args = config(tmp_path, dataloader_drop_last=True, gradient_accumulation_steps=2)
+    assert [steps_of_an_epoch(args, n_rows, 1000) for n_rows in (8, 11, 12, 15, 16)] == [1, 1, 2, 2, 2]
 
 
 def test_a_stream_has_one_epoch_of_steps(tmp_path):
