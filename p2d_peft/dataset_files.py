@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
-from pyarrow import ArrowException
 from pyarrow.csv import CSVWriter
 
 from .files import check_new, unfinished
@@ -28,8 +29,12 @@ def is_local(source: str) -> bool:
     return _is_file(source) or Path(source).exists()
 
 
+def _suffix(path: str | Path) -> str:
+    return Path(path).suffix.lower()
+
+
 def _is_file(source: str) -> bool:
-    return Path(source).suffix in _READERS
+    return _suffix(source) in _READERS
 
 
 def _is_saved_dataset(folder: str) -> bool:
@@ -56,12 +61,12 @@ def read_dataset(
 
     Raises:
         `FileNotFoundError`: if there is no such file.
-        `ValueError`: if a file is empty or damaged, a folder holds several splits and none is named, or there is no such
-            split or configuration.
+        `ValueError`: if a file is empty, damaged or of another kind, a folder holds several splits and none is named, or
+            there is no such split or configuration.
     """
     try:
         return _read(source, config, split, streaming)
-    except (DatasetGenerationError, ArrowException) as error:
+    except (DatasetGenerationError, pa.ArrowException) as error:
         # of the first of these the cause says what is wrong
         raise ValueError(f"'{source}' cannot be read: {error.__cause__ or error}") from error
 
@@ -69,6 +74,8 @@ def read_dataset(
 def _read(source: str, config: str | None, split: str | None, streaming: bool) -> Dataset | IterableDataset:
     if split is None and not is_local(source) and (named := _WITH_SPLIT.fullmatch(source)):
         source, split = named.groups()
+    if Path(source).is_file() and not _is_file(source):
+        raise ValueError(f"'{source}' is not read: a file is one of {', '.join(_READERS)}, by its ending.")
     if not is_whole(source) and not _is_saved_dict(source):
         return load_dataset(source, config, split=split or "train", streaming=streaming)
     if config is not None:
@@ -88,7 +95,7 @@ def _read_file(source: str, split: str, streaming: bool) -> Dataset | IterableDa
     if not split.startswith("train["):  # a slice, which `load_dataset` knows
         _check_is_all(source, split)
     try:
-        return load_dataset(_READERS[path.suffix], data_files=str(path), split=split, streaming=streaming)
+        return load_dataset(_READERS[_suffix(source)], data_files=str(path), split=split, streaming=streaming)
     except ValueError as error:  # what old versions of datasets say of bad JSON lines names no file
         raise ValueError(f"'{source}' cannot be read: {error}") from error
 
@@ -124,17 +131,41 @@ def check_new_dataset(target: str | Path, features: Features | None = None) -> N
             such columns.
         `OSError`: if nothing can be written there.
     """
-    suffix = Path(target).suffix
+    suffix = _suffix(target)
     if not Path(target).name:
         raise ValueError(f"'{target}' is no name for a file or a folder.")
     if suffix in _READERS and suffix not in _WRITERS:
         raise ValueError(f"'{target}': rows are not written as {suffix}; take {', '.join(_WRITERS)}, or a folder.")
-    nested = [name for name, feature in (features or {}).items() if not isinstance(feature, Value | ClassLabel)]
-    if suffix == ".csv" and nested:
-        raise ValueError(
-            f"'{target}': CSV cannot hold the column '{nested[0]}', which is nested; take .jsonl or .parquet."
-        )
+    for name, feature in (features or {}).items():
+        if unfit := _unfit(suffix, feature):
+            kind = suffix[1:].upper()
+            raise ValueError(f"'{target}': {kind} cannot hold the column '{name}', which {unfit}.")
     check_new(target)
+
+
+def _unfit(suffix: str, feature: Any) -> str | None:
+    """Why a column cannot be written to a file with an ending, and where it can; None if it can."""
+    kind = Features({"column": feature}).arrow_schema.field("column").type
+    # images and sounds, too
+    if suffix in (".csv", ".jsonl") and holds_type(kind, _is_bytes):
+        return "holds bytes; take .parquet or a folder"
+    if suffix == ".csv" and not isinstance(feature, Value | ClassLabel):
+        return "is nested; take .jsonl or .parquet"
+    if suffix == ".csv" and pa.types.is_string_view(kind):
+        return f"is of type {kind}; take .jsonl or .parquet"
+    return None
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
+    return any(test(kind) for test in tests)
+
+
+def holds_type(kind: pa.DataType, wanted: Callable[[pa.DataType], bool]) -> bool:
+    """Whether a type of Arrow, or one anywhere within it, is one that is wanted."""
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+    return wanted(kind) or any(holds_type(kind.field(index).type, wanted) for index in range(kind.num_fields))
 
 
 def _write_json(dataset: Dataset, path: str) -> None:
@@ -166,4 +197,4 @@ def write_dataset(dataset: Dataset, target: str | Path) -> None:
     """
     check_new_dataset(target, dataset.features)
     with unfinished(target) as path:
-        _WRITERS.get(Path(target).suffix, Dataset.save_to_disk)(dataset, str(path))
+        _WRITERS.get(_suffix(target), Dataset.save_to_disk)(dataset, str(path))

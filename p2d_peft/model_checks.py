@@ -63,7 +63,7 @@ def embedded_tokens(model: nn.Module) -> int | None:
     return getattr(embeddings, "num_embeddings", None)
 
 
-def check_vocabulary(name: str, lowest: int, highest: int, model: nn.Module) -> None:
+def check_vocabulary(name: str, lowest: int, highest: int, model: nn.Module, row: int | None = None) -> None:
     """
     Check that a model has embeddings for tokens. One that it lacks ends in an `IndexError` on a CPU, and on a GPU in an
     error after which the process cannot use the GPU any more.
@@ -72,6 +72,7 @@ def check_vocabulary(name: str, lowest: int, highest: int, model: nn.Module) -> 
         name (`str`): The argument that the tokens are from.
         lowest, highest (`int`): The extremes of their ids.
         model (`nn.Module`): The model.
+        row (`int`, *optional*): The row that they are of, for the message.
 
     Raises:
         `ValueError`: if an id is negative or too high.
@@ -79,8 +80,9 @@ def check_vocabulary(name: str, lowest: int, highest: int, model: nn.Module) -> 
     n_tokens = embedded_tokens(model)
     if n_tokens is None or 0 <= lowest <= highest < n_tokens:
         return
+    where = "" if row is None else f" in row {row}"
     raise ValueError(
-        f"`{name}` holds the token id {lowest if lowest < 0 else highest}, but `model` has embeddings for the ids 0 to "
-        f"{n_tokens - 1}: model and tokenizer do not belong together. Use the model's own tokenizer, or make room for added "
+        f"`{name}` holds the token id {lowest if lowest < 0 else highest}{where}, but `model` has embeddings for the ids 0 "
+        f"to {n_tokens - 1}: model and tokenizer do not belong together. Use the model's own tokenizer, or make room for added "
         "tokens with `model.resize_token_embeddings(len(tokenizer))`."
     )

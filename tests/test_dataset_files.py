@@ -2,9 +2,9 @@ import re
 from datetime import datetime
 
 import pytest
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, List, Value
 
-from p2d_peft.dataset_files import is_local, is_whole, read_dataset, write_dataset
+from p2d_peft.dataset_files import check_new_dataset, is_local, is_whole, read_dataset, write_dataset
 
 from .tiny_data import conversational, prompt_completion
 
@@ -44,6 +44,49 @@ def test_csv_is_for_flat_rows(tmp_path):
     with pytest.raises(ValueError, match=r"CSV cannot hold the column 'messages', which is nested; take \.jsonl"):
         write_dataset(conversational(3), tmp_path / "rows.csv")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.JSONL"])
+@pytest.mark.parametrize(
+    ("feature", "value"),
+    [
+        (Value("binary"), b"\xff"),
+        (Value("large_binary"), b"\xff"),
+        (List({"of": Value("binary")}), [{"of": b"\xff"}]),
+        (Image(), {"bytes": b"\xff", "path": None}),
+    ],
+)
+def test_bytes_are_not_for_files_of_text(name, feature, value, tmp_path):
+    features = Features({"text": Value("string"), "thumb": feature})
+    dataset = Dataset.from_dict({"text": ["a"], "thumb": [value]}, features=features)
+    message = r"(JSONL|CSV) cannot hold the column 'thumb', which holds bytes; take \.parquet or a folder"
+    with pytest.raises(ValueError, match=message):
+        check_new_dataset(tmp_path / name, features)
+    with pytest.raises(ValueError, match=message):
+        write_dataset(dataset, tmp_path / name)
+    for able in ("rows.parquet", "folder"):
+        check_new_dataset(tmp_path / able, features)
+
+
+def test_csv_has_no_string_views(tmp_path):
+    dataset = prompt_completion(2).cast_column("prompt", Value("string_view"))
+    with pytest.raises(
+        ValueError, match=r"CSV cannot hold the column 'prompt', which is of type string_view; take \.js"
+    ):
+        write_dataset(dataset, tmp_path / "rows.csv")
+    write_dataset(dataset, tmp_path / "rows.jsonl")
+    assert read_dataset(str(tmp_path / "rows.jsonl")).to_list() == prompt_completion(2).to_list()
+
+
+def test_endings_are_those_that_are_read_in_small_or_capital_letters(tmp_path):
+    write_dataset(prompt_completion(3), tmp_path / "rows.JSONL")
+    assert read_dataset(f"{tmp_path}/rows.JSONL").to_list() == prompt_completion(3).to_list()
+    for name in ("rows.txt", "rows.jsonl.gz"):
+        (tmp_path / name).write_text("a")
+        with pytest.raises(
+            ValueError, match=rf"{name}' is not read: a file is one of \.jsonl, \.json, \.parquet, \.csv"
+        ):
+            read_dataset(f"{tmp_path}/{name}")
 
 
 def test_nothing_is_overwritten(tmp_path):

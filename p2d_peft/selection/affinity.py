@@ -33,7 +33,8 @@ def affinity(context: ScoringContext) -> Iterator[ScoreRows]:
         def features(batch: dict[str, torch.Tensor]) -> torch.Tensor:
             """Shape (B, heads * D), float32."""
             labels = batch.pop("labels")
-            outputs_BTHD = head_outputs(batch).float()
+            # without those of the virtual tokens that prompt tuning puts first
+            outputs_BTHD = head_outputs(batch)[:, -labels.shape[1] :].float()
             predicts_BT = functional.pad(labels[:, 1:] != -100, (0, 1)).to(outputs_BTHD)
             with torch.autocast(context.device.type, enabled=False):  # sums of many tokens want their digits
                 # as a product of matrices: einsum would first copy the outputs into another order
@@ -44,4 +45,6 @@ def affinity(context: ScoringContext) -> Iterator[ScoreRows]:
         yield similarity_to_target(context, lambda samples: context.of_each(samples, features), centred=True)
 
 
-SCORER = Scorer("affinity", affinity, needs_heads=True, needs_target=True, needs_sample=True, per_target=True)
+SCORER = Scorer(
+    "affinity", affinity, needs_heads=True, needs_target=True, needs_sample=True, per_target=True, features=True
+)

@@ -23,14 +23,15 @@ from ..heads import HeadSet
 from ..model_checks import check_runnable, check_vocabulary
 from ..model_state import model_device, preserved_state, uncompiled
 from ..passed_tokens import passed_tokens
-from .fingerprint import NotHashable, hash_of, run_fingerprint
+from ..printable import shown
+from .fingerprint import NotHashable, generation_fingerprint, hash_of, run_fingerprint
 from .pool import rows_of
 from .pool_scores import PoolScores, nothing_counts, put_together
 from .progress import ScoringProgress
 from .report import ScoringEstimate
 from .row_checks import check_rows
 from .samples import Samples, prepare_samples
-from .scoring import Scorer, ScoreRows, ScoringContext
+from .scoring import RowScores, Scorer, ScoreRows, ScoringContext
 from .shards import SHARD_ROWS, ScoredShard, Shard, ShardStore, shards_of
 
 
@@ -145,6 +146,7 @@ class ScoringEngine:
         per_target = None
         if len(samples):
             found = score_rows(samples)
+            self._check_scores(found, len(samples))
             places = [row - shard.first_row for row in samples.rows]
             # what is not finite is told from what does not count by its length
             scores[places] = found.scores.double()
@@ -160,6 +162,19 @@ class ScoringEngine:
                 per_target = torch.full((n_rows, found.per_target.shape[1]), torch.nan)
                 per_target[places] = found.per_target.float()
         return ScoredShard(shard.index, shard.first_row, scores, n_tokens, samples.n_truncated, per_target)
+
+    def _check_scores(self, found: Any, n_samples: int) -> None:
+        """Check what a scorer, which may be the user's own, says of samples."""
+        if not isinstance(found, RowScores) or not isinstance(found.scores, torch.Tensor):
+            raise TypeError(
+                f"`scorer`={self.scorer.name!r} must give `RowScores` of a tensor, got "
+                f"{shown(found.scores if isinstance(found, RowScores) else found)}."
+            )
+        if found.scores.shape != (n_samples,):  # a single one would be taken for all
+            raise ValueError(
+                f"`scorer`={self.scorer.name!r} must give one score for each of the {n_samples} samples of a call, got "
+                f"scores of shape {tuple(found.scores.shape)}."
+            )
 
     def features(self, pool: Dataset | IterableDataset, rows: list[int]) -> torch.Tensor:
         """The scorer's features of some rows, in the order asked for."""
@@ -240,6 +255,8 @@ class ScoringEngine:
             "scorer_options": hash_of("scorer", self.scorer.options),
             "formatting_func": hash_of("formatting_func", self.formatting_func),
         }
+        if self.scorer.generates:
+            named["generation"] = generation_fingerprint(self.model)
         return named | run_fingerprint(
             self.model,
             self.processing_class,
@@ -289,9 +306,9 @@ class ScoringEngine:
 
     def prepare(self, dataset: Dataset, name: str, rows: int | list[int] = 0) -> Samples:
         samples = prepare_samples(dataset, self.processing_class, self.args, self.formatting_func, name, rows)
-        if len(samples) and self.scorer.passes:
-            extremes = [(min(ids), max(ids)) for ids in samples.input_ids]
-            check_vocabulary(name, min(low for low, _ in extremes), max(high for _, high in extremes), self.model)
+        if self.scorer.passes:
+            for row, ids in zip(samples.rows, samples.input_ids, strict=True):
+                check_vocabulary(name, min(ids), max(ids), self.model, row)
         return samples
 
     def _no_features(self) -> str:

@@ -88,16 +88,23 @@ def _at_hand(model: nn.Module, name: str, tensor: torch.Tensor) -> Iterator[torc
         yield getattr(module, own_name)
 
 
+def generation_fingerprint(model: nn.Module) -> str:
+    """How a model generates, as far as it says so."""
+    config = getattr(model, "generation_config", None)
+    return _stated(config.to_dict()) if config is not None else ""
+
+
 def _settings(model: nn.Module) -> list[str]:
-    """What a model does with its weights, as far as it says so; not where they came from."""
+    """What a model does with its weights, as far as it says so."""
     config = getattr(model, "config", None)
     parts = [config.to_dict()] if isinstance(config, PretrainedConfig) else []
-    parts += _adapters(model)
+    return [_stated(part) for part in (*parts, *_adapters(model))]
+
+
+def _stated(settings: dict[str, Any]) -> str:
+    """Settings as text, without where they came from."""
     origins = ("_name_or_path", "architectures", "transformers_version", "base_model_name_or_path", "inference_mode")
-    return [
-        json.dumps({str(key): value for key, value in part.items() if key not in origins}, default=_text)
-        for part in parts
-    ]
+    return json.dumps({str(key): value for key, value in settings.items() if key not in origins}, default=_text)
 
 
 def _adapters(model: nn.Module) -> Iterator[dict[str, Any]]:

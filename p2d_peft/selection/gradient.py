@@ -41,4 +41,4 @@ def gradient(context: ScoringContext) -> Iterator[ScoreRows]:
         yield similarity_to_target(context, lambda samples: context.of_each(samples, gradients_of), centred=False)
 
 
-SCORER = Scorer("gradient", gradient, needs_heads=True, needs_target=True, per_target=True)
+SCORER = Scorer("gradient", gradient, needs_heads=True, needs_target=True, per_target=True, features=True)

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.nn import functional
 from transformers import DynamicCache
@@ -55,7 +56,9 @@ def icl_scorer(metric: Metric) -> Scorer:
     >>> scorer = icl_scorer(lambda answer, right: float(answer == right))
     ```
     """
-    return Scorer("icl", partial(icl, metric=metric), needs_heads=True, needs_target=True, options=metric)
+    return Scorer(
+        "icl", partial(icl, metric=metric), needs_heads=True, needs_target=True, options=metric, generates=True
+    )
 
 
 @contextmanager
@@ -78,11 +81,22 @@ def icl(context: ScoringContext, metric: Metric | None = None) -> Iterator[Score
 
     Raises:
         `ValueError`: if the model has layers of linear attention or of a state-space model. From the state that those
-            keep instead of keys and values, transformers goes on with one token at a time only. Or if a sample has no room
-            beside the target's longest one.
+            keep instead of keys and values, transformers goes on with one token at a time only. Or if it has virtual
+            tokens (prompt or prefix tuning), or a sample has no room beside the target's longest one.
     """
     assert context.heads is not None and context.target is not None
     target = context.target
+    model = context.model
+    if (
+        isinstance(model, PeftModel)
+        and model.active_peft_config.is_prompt_learning
+        and model.has_active_enabled_adapter
+    ):
+        raise ValueError(
+            f"`scorer`='icl' puts rows one behind another, but `model` has virtual tokens "
+            f"({model.active_peft_config.peft_type.value}) before each input; use 'affinity', 'gradient' or 'influence', "
+            "or score within `model.disable_adapter()`."
+        )
     room = _room(context, target, generates=metric is not None)
     with _without_router_logits(context.model), observable_attention(context.model, context.heads) as observed:
         layers = DynamicCache(config=context.model.config).layers

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
 from torch import nn
 from torch.nn import functional
 from transformers import get_linear_schedule_with_warmup
@@ -91,16 +91,18 @@ def lora_adapter(model: nn.Module, seed: int) -> Iterator[list[nn.Parameter]]:
         seed (`int`): For the adapter's weights.
 
     Yields:
-        `list[nn.Parameter]`: the adapter's weights.
+        `list[nn.Parameter]`: the adapter's weights; of a half-precision model in float32.
 
     Raises:
-        `ValueError`: if the model has adapters already.
+        `ValueError`: if the model has adapters already, or Accelerate keeps its weights elsewhere between passes.
     """
     if any(isinstance(module, (PeftModel, BaseTunerLayer)) for module in model.modules()):
         raise ValueError(
             "`scorer`='less' trains a LoRA adapter of its own, but `model` has adapters already. Merge them with "
             "`merge_and_unload()`, pass the model without them, or use 'gradient'."
         )
+    if any(parameter.is_meta for parameter in model.parameters()):  # the adapter would be where no values are
+        raise ValueError("`scorer`='less' trains, which an offloaded `model` cannot; use 'gradient'.")
     names = dict.fromkeys(
         attention.units(role).module for attention in ModelGeometry.of(model).values() for role in ROLES
     )
@@ -117,6 +119,9 @@ def lora_adapter(model: nn.Module, seed: int) -> Iterator[list[nn.Parameter]]:
     try:
         torch.manual_seed(seed)
         LoraModel(model, config, _ADAPTER)
+        # As `PeftModel` does. In bfloat16 most steps of the training would be rounded away, and in float16 so would
+        # AdamW's epsilon, without which it divides by 0.
+        cast_adapter_dtype(model, _ADAPTER)
         yield [parameter for parameter in model.parameters() if parameter.requires_grad]
     finally:
         for name, module in originals.items():
@@ -249,5 +254,12 @@ def _load(parameters: list[nn.Parameter], values: torch.Tensor) -> None:
 
 
 SCORER = Scorer(
-    "less", less, needs_heads=False, needs_target=True, needs_sample=True, per_target=True, passes=N_EPOCHS
+    "less",
+    less,
+    needs_heads=False,
+    needs_target=True,
+    needs_sample=True,
+    per_target=True,
+    features=True,
+    passes=N_EPOCHS,
 )

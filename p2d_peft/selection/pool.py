@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
+import pyarrow as pa
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetInfo, IterableDataset
+from datasets.table import InMemoryTable
 
+from ..dataset_files import holds_type
 from .progress import quiet_datasets
 
 
@@ -23,9 +26,13 @@ def ranked(scores: torch.Tensor) -> list[int]:
 
 
 def in_memory(dataset: Dataset) -> Dataset:
-    """A copy in memory. What is made of it stays there, too, and is not written to a cache beside the dataset's files."""
-    plain = dataset.with_format(None)
-    return Dataset.from_dict(plain[:], features=plain.features)
+    """
+    The rows without the dataset's files. What is made of them stays in memory, and is not written to a cache beside
+    those files.
+    """
+    # as Arrow holds them: of Python's numbers `datasets` cannot make all of Arrow's, and images would be decoded
+    table = dataset.with_format(None).with_format("arrow")[:]
+    return Dataset(InMemoryTable(table), info=DatasetInfo(features=dataset.features))
 
 
 def rows_of(pool: Dataset | IterableDataset, rows: list[int]) -> Dataset:
@@ -34,24 +41,40 @@ def rows_of(pool: Dataset | IterableDataset, rows: list[int]) -> Dataset:
         return pool.select(rows)
     wanted = set(rows)
     stream = islice(pool.with_format(None), rows[-1] + 1)
-    return dataset_of([row for index, row in enumerate(stream) if index in wanted], pool)
+    found = [row for index, row in enumerate(stream) if index in wanted]
+    if len(found) < len(rows):
+        raise ValueError(
+            f"`pool` gave no row {rows[len(found)]} this time: a stream has to give the same rows each time that it is "
+            "read. Shuffle it with a seed, or make a `Dataset` of it."
+        )
+    return dataset_of(found, pool)
 
 
 def dataset_of(rows: list[dict[str, Any]], stream: IterableDataset) -> Dataset:
     """Rows of a stream as a dataset. What the stream does not say of its types is found out from the rows."""
     # `from_list` would take the first row's columns for all
     names = stream.features or dict.fromkeys(name for row in rows for name in row)
-    columns = {name: [row.get(name) for row in rows] for name in names}
+    columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in names}
     if stream.features is not None:
+        for field in stream.features.arrow_schema:
+            # `from_dict` takes all integers for signed ones first, which the upper half of these do not fit into
+            if holds_type(field.type, pa.types.is_uint64):
+                encoded = stream.features.encode_column(columns[field.name], field.name)
+                columns[field.name] = pa.array(encoded, field.type)
         return Dataset.from_dict(columns, features=stream.features)
     return Dataset.from_dict(columns, on_mixed_types="use_json")
 
 
-def column_of(pool: Dataset | IterableDataset, name: str) -> list[Any]:
-    """The values of a column in all rows of a pool. Of a stream without a schema, None where a row lacks it."""
+def check_column(pool: Dataset | IterableDataset, name: str) -> None:
+    """Check that a pool has a column, as far as it says without being read."""
     names = pool.column_names
     if names is not None and name not in names:
         raise ValueError(f"`pool` has no column {name!r}, only {names}.")
+
+
+def column_of(pool: Dataset | IterableDataset, name: str) -> list[Any]:
+    """The values of a column in all rows of a pool. Of a stream without a schema, None where a row lacks it."""
+    check_column(pool, name)
     if isinstance(pool, Dataset):
         values: list[Any] = pool.with_format(None)[name][:]
         return values

@@ -49,7 +49,8 @@ def rds(context: ScoringContext) -> Iterator[ScoreRows]:
         mask_BT = batch["attention_mask"]
         with suppress(RestNotNeeded):
             context.model(input_ids=batch["input_ids"], attention_mask=mask_BT, use_cache=False)
-        hidden_BTE = seen.pop().float()
+        # without those of the virtual tokens that prompt tuning puts first
+        hidden_BTE = seen.pop()[:, -mask_BT.shape[1] :].float()
         weights_BT = (mask_BT.cumsum(1) * mask_BT).to(hidden_BTE)
         with torch.autocast(context.device.type, enabled=False):  # sums of many tokens want their digits
             return torch.einsum("bte,bt->be", hidden_BTE, weights_BT / weights_BT.sum(1, keepdim=True))
@@ -62,4 +63,4 @@ def rds(context: ScoringContext) -> Iterator[ScoreRows]:
         hook.remove()
 
 
-SCORER = Scorer("rds", rds, needs_heads=False, needs_target=True, per_target=True)
+SCORER = Scorer("rds", rds, needs_heads=False, needs_target=True, per_target=True, features=True)

@@ -41,7 +41,8 @@ class ScoringEstimate:
         seconds (`float`): Wall-clock time on one process.
         n_rows (`int`): Rows of the pool.
         n_tokens (`int`): Tokens of the pool, as far as the measured rows tell.
-        measured_rows (`int`): Rows that were scored for it.
+        measured_rows (`int`): Rows that were scored for it, beside the pool's sample, which some scorers have to read
+            first.
         measured_seconds (`float`): What the forecast took.
     """
 

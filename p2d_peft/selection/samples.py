@@ -18,7 +18,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .pool import in_memory
 from .progress import quiet_datasets
-from .row_checks import check_rows
+from .row_checks import check_rows, row_numbers
 
 
 _ROW = "p2d_row"
@@ -114,7 +114,8 @@ def prepare_samples(
 
     Raises:
         `TypeError`: if `dataset` or `processing_class` is of another type.
-        `ValueError`: as [`check_rows`] does, or if a row has not as many labels as tokens.
+        `ValueError`: as [`check_rows`] does, or if a row cannot be made into tokens, or has not as many labels as
+            tokens.
     """
     if not isinstance(dataset, Dataset):
         raise TypeError(f"`{name}` must be a `datasets.Dataset`, got {type(dataset).__name__}.")
@@ -131,25 +132,54 @@ def prepare_samples(
         numbered = dataset.remove_columns([c for c in dataset.column_names if c == _ROW]).add_column(
             _ROW, list(range(len(dataset)))
         )
-    prepared = preparer.prepare(numbered, formatting_func, name)
+    numbers = row_numbers(rows, len(dataset))
+    try:
+        prepared = preparer.prepare(numbered, formatting_func, name)
+    except Exception as error:
+        place, reason = _first_bad(lambda part: preparer.prepare(part, formatting_func, name), numbered, error)
+        if place is None:
+            raise
+        raise ValueError(
+            f"`{name}` cannot be made into tokens at row {numbers[place]}: {type(reason).__name__}: {reason}"
+        ) from reason
     prepared = prepared.select_columns([_ROW, "input_ids", "labels"]).with_format(None)[:]
     samples = Samples([], [], [], n_rows=len(dataset), n_truncated=0, pad_token_id=preparer.pad_token_id)
     n_truncated = 0
     for row, input_ids, labels in zip(prepared[_ROW], prepared["input_ids"], prepared["labels"], strict=True):
         if len(input_ids) != len(labels):
-            number = rows + row if isinstance(rows, int) else rows[row]
             raise ValueError(
-                f"`{name}` has {len(labels)} labels for the {len(input_ids)} tokens of row {number}; each token has one, -100 "
-                "where it does not count."
+                f"`{name}` has {len(labels)} labels for the {len(input_ids)} tokens of row {numbers[row]}; each token "
+                "has one, -100 where it does not count."
             )
         n_truncated += len(input_ids) > len(input_ids[preparer.kept])
         input_ids, labels = input_ids[preparer.kept], labels[preparer.kept]
         # a label counts if it is predicted, which the first token's is not
         if any(label != -100 for label in labels[1:]):
-            samples.rows.append(rows + row if isinstance(rows, int) else rows[row])
+            samples.rows.append(numbers[row])
             samples.input_ids.append(input_ids)
             samples.labels.append(labels)
     return replace(samples, n_truncated=n_truncated)
+
+
+def _first_bad(
+    prepare: Callable[[Dataset], object], dataset: Dataset, error: Exception
+) -> tuple[int | None, Exception]:
+    """
+    The place of the first row on which `prepare` fails, as it did on all rows together, and what it says there. None
+    where it fails on no row alone.
+    """
+    start, stop = 0, len(dataset)
+    while stop - start > 1:
+        middle = (start + stop) // 2
+        for part in ((start, middle), (middle, stop)):
+            try:
+                prepare(dataset.select(range(*part)))
+            except Exception as raised:
+                (start, stop), error = part, raised
+                break
+        else:
+            return None, error
+    return start, error
 
 
 class _Preparer(SFTTrainer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -73,7 +74,9 @@ class ScoringContext:
 
     def generator(self, samples: Samples) -> torch.Generator:
         """A random number generator for these samples: the same for the same seed and rows, whatever came before."""
-        return torch.Generator().manual_seed(hash((self.seed, samples.rows[0])) % 2**63)
+        # the modulus is that of `hash`, which has the same value for -1 and -2
+        seed = self.seed % sys.hash_info.modulus
+        return torch.Generator().manual_seed(hash((seed, samples.rows[0])) % 2**63)
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,11 @@ class Scorer:
         needs_sample (`bool`, *optional*, defaults to `False`): Whether it needs a sample of the pool.
         per_target (`bool`, *optional*, defaults to `False`): Whether its [`RowScores`] tell of each of the target's samples,
             which some policies need.
+        features (`bool`, *optional*, defaults to `False`): Whether its [`RowScores`] have features, which some
+            policies need.
         passes (`int`, *optional*, defaults to 1): How often a row passes through [`ScoringContext.batches`].
+        generates (`bool`, *optional*, defaults to `False`): Whether it has the model generate, so that its scores
+            depend on the model's `generation_config`.
         whole_pool (`bool`, *optional*, defaults to `False`): Whether all samples of the pool have to be in one call.
         options (`Any`, *optional*): What its scores depend on beside the context and its name: a number, a tuple, a
             function. Where name and options are those of an earlier run, scores in a `cache_dir` are taken over; where they
@@ -130,6 +137,8 @@ class Scorer:
     needs_target: bool
     needs_sample: bool = False
     per_target: bool = False
+    features: bool = False
     passes: int = 1
+    generates: bool = False
     whole_pool: bool = False
     options: Any = None

@@ -17,6 +17,7 @@ from trl import SFTConfig
 
 from ..argument_checks import check_choice, check_count, check_share, check_type, is_index
 from ..heads import HeadSet, ModelGeometry
+from ..heads.samples import is_encoder_decoder
 from ..model_checks import check_module
 from ..printable import shown
 from . import affinity, bm25, gradient, icl, ifd, influence, length, less, perplexity, random, rds
@@ -136,7 +137,8 @@ class P2DDataSelector:
     Raises:
         `TypeError`: if an argument is of another type.
         `ValueError`: if the scorer is unknown or lacks what it needs, `heads` does not fit the model, the model has
-            several stacks of attention, or `ratio`, `num_samples`, `max_tokens` or `batch_size` is out of range.
+            several stacks of attention or is an encoder-decoder and the scorer runs it, or `ratio`, `num_samples`,
+            `max_tokens` or `batch_size` is out of range.
 
     Example:
 
@@ -205,16 +207,25 @@ class P2DDataSelector:
                     f"({type(model).__name__}) has several ({', '.join(geometry.stacks)}); use 'random'."
                 )
             geometry.check(heads)
+        # also for a scorer without heads: both parts would get the same row, and the answer would only be copied
+        if scorer.passes and is_encoder_decoder(model):
+            raise ValueError(
+                f"`scorer`={scorer.name!r} asks how a model goes on with a row, but `model` ({type(model).__name__}) is "
+                "an encoder-decoder, which reads it beforehand; use 'bm25', 'length' or 'random'."
+            )
         if scorer.needs_target and target is None:
             raise ValueError(
                 f"`scorer`={scorer.name!r} needs `target`, a few samples of the task as a `datasets.Dataset`."
             )
-        if not scorer.per_target and any(policy.needs_per_target for policy in policies):
-            able = [name for name, known in _SCORERS.items() if known.per_target]
-            raise ValueError(
-                f"`policies` need scores for each of the target's samples, which `scorer`={scorer.name!r} does not give; "
-                f"use one of {able}."
-            )
+        for needed, what in (
+            ("per_target", "scores for each of the target's samples"),
+            ("features", "features of rows"),
+        ):
+            if not getattr(scorer, needed) and any(getattr(policy, f"needs_{needed}") for policy in policies):
+                able = [name for name, known in _SCORERS.items() if getattr(known, needed)]
+                raise ValueError(
+                    f"`policies` need {what}, which `scorer`={scorer.name!r} does not give; use one of {able}."
+                )
         self.ratio = 0.1 if not given else ratio
         self.num_samples = num_samples
         self.max_tokens = max_tokens
@@ -272,9 +283,10 @@ class P2DDataSelector:
             `ValueError`: if `num_samples` is larger than the pool, if `policies` or `max_tokens` leave no row, or as
                 [`~P2DDataSelector.score`] does.
         """
-        if isinstance(pool, Dataset):  # before the expensive part
-            if self.num_samples is not None:
-                self._count(len(pool))
+        # before the expensive part
+        if isinstance(pool, Dataset) and self.num_samples is not None:
+            self._count(len(pool))
+        if isinstance(pool, Dataset | IterableDataset):
             for policy in self.policies:
                 policy.check(pool)
         scored = self._score(pool)
@@ -288,7 +300,12 @@ class P2DDataSelector:
 
         Args:
             scores (`torch.Tensor`): Shape (rows,), as [`~P2DDataSelector.score`] returns them; NaN is never kept.
+
+        Raises:
+            `ValueError`: if there is a `max_tokens`, since scores do not tell how long a row is.
         """
+        if self.max_tokens is not None:
+            raise ValueError("`choose` knows no lengths, which `max_tokens` is about; use `select`.")
         count = self._count(len(scores))
         rows = sorted(ranked(scores)[:count])
         if len(rows) < count:

@@ -79,3 +79,12 @@ def test_conversations_into_a_csv_file_are_refused_before_a_model_is_loaded(fold
     assert main([*command, "--output", f"{tmp_path}/kept.csv"]) == 2
     assert "CSV cannot hold the column 'messages', which is nested" in capsys.readouterr().err
     assert not (tmp_path / "kept.csv").exists()
+
+
+def test_bytes_into_a_file_of_text_are_refused_before_a_model_is_loaded(folder, tmp_path, capsys):
+    pool = prompt_completion(4).add_column("thumb", [b"\xff"] * 4)
+    pool.to_parquet(tmp_path / "pool.parquet")
+    command = ["select", "--model", "no-such-model", "--pool", f"{tmp_path}/pool.parquet", "--scorer", "random"]
+    assert main([*command, "--output", f"{tmp_path}/kept.jsonl"]) == 2
+    assert "JSONL cannot hold the column 'thumb', which holds bytes" in capsys.readouterr().err
+    assert not (tmp_path / "kept.jsonl").exists()

@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from p2d_peft.heads import HeadSet
 from p2d_peft.passed_tokens import passed_tokens
-from p2d_peft.selection import P2DDataSelector, engine
+from p2d_peft.selection import P2DDataSelector, engine, icl_scorer
 from p2d_peft.selection.policies import RoundRobin
 from p2d_peft.selection.scoring import RowScores, Scorer
 from p2d_peft.selection.selector import _SCORERS
@@ -500,3 +500,27 @@ def test_a_transform_is_not_left_out_without_a_word():
     for ask in (selector().score, selector().select, selector().estimate):
         with pytest.raises(ValueError, match=r"`pool` has a transform \(`with_transform`\).*`pool.map"):
             ask(pool)
+
+
+def _penalized(penalty):
+    model = tiny_model()
+    model.generation_config.repetition_penalty = penalty
+    return model
+
+
+@pytest.mark.parametrize(("scorer", "counts"), [(icl_scorer(lambda answer, right: len(answer)), True), ("icl", False)])
+def test_how_a_model_generates_counts_where_it_generates(scorer, counts, tmp_path):
+    pool = prompt_completion(6)
+    for penalty, resumed in ((1.0, 0), (5.0, 0 if counts else 6), (1.0, 6)):
+        found = selector(_penalized(penalty), scorer, cache_dir=tmp_path)
+        found.score(pool)
+        assert found.report.n_resumed == resumed
+
+
+@pytest.mark.parametrize("token", [-1, 300])
+def test_a_token_without_an_embedding_is_named_with_its_row(token):
+    pool = Dataset.from_dict({"input_ids": [[7, 8, 9]] * 12 + [[7, token]] + [[7, 8]]})
+    with pytest.raises(
+        ValueError, match=f"`pool` holds the token id {token} in row 12, but `model` has embeddings for"
+    ):
+        selector(scorer="perplexity").score(pool)

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 from p2d_peft import P2DDataSelector
 from p2d_peft.heads import HeadSet
@@ -197,3 +197,15 @@ def test_no_logits_are_made_of_the_demonstrations(name, monkeypatch):
     assert {name: len(module._forward_pre_hooks) for name, module in model.named_modules()} == before
     monkeypatch.setattr(icl, "head_on_counted", lambda *_: nullcontext())
     assert torch.equal(scores(), found)
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_are_refused_where_they_are_on(config):
+    plain = tiny_model()
+    model = get_peft_model(plain, config(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    scorer = P2DDataSelector(model, tiny_tokenizer(), HEADS, prompt_completion(3, seed=1), "icl")
+    with pytest.raises(ValueError, match=r"but `model` has virtual tokens .* before each input; use 'affinity'"):
+        scorer.score(prompt_completion(6))
+    expected = P2DDataSelector(plain, tiny_tokenizer(), HEADS, prompt_completion(3, seed=1), "icl")
+    with model.disable_adapter():
+        assert torch.equal(scorer.score(prompt_completion(6)), expected.score(prompt_completion(6)))

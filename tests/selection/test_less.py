@@ -1,5 +1,6 @@
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import functional
@@ -146,3 +147,19 @@ def test_a_module_whose_name_ends_in_that_of_a_projection_gets_no_adapter():
         names = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
         assert len(names) == 12 and not any(name.startswith("tower") for name in names)
     assert all(module is modules[name] for name, module in model.named_modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_adapter_of_a_half_precision_model_is_trained_in_float32(dtype, monkeypatch):
+    monkeypatch.setattr(less, "LEARNING_RATE", 2e-5)  # the paper's, whose steps are too small for bfloat16
+    model = tiny_model().to(dtype)
+    with less.lora_adapter(model, SEED) as parameters:
+        assert len(parameters) == 24 and {parameter.dtype for parameter in parameters} == {torch.float32}
+    half, exact = run(model).scores, run(tiny_model()).scores
+    assert half.isfinite().all() and {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert torch.corrcoef(torch.stack([half, exact]))[0, 1] > 0.95
+
+
+def test_an_offloaded_model_is_refused():
+    with pytest.raises(ValueError, match="`scorer`='less' trains, which an offloaded `model` cannot; use 'gradient'"):
+        run(cpu_offload(tiny_model(), torch.device("cpu")))

@@ -1,12 +1,16 @@
 import math
 
+import pyarrow as pa
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value, load_dataset, load_from_disk
+from pyarrow import parquet
 
+from p2d_peft.selection import P2DDataSelector
 from p2d_peft.selection.pool import column_of, in_memory, kept_rows, ranked, rows_of
 
 from ..tiny_data import prompt_completion, rows
+from ..tiny_models import tiny_model, tiny_tokenizer
 
 
 def stream(n=24):
@@ -61,6 +65,42 @@ def test_a_copy_in_memory_holds_the_same_and_has_no_files(tmp_path):
     copy = in_memory(on_disk)
     assert not copy.cache_files
     assert copy.features == features and copy.to_list() == pool.to_list()
+
+
+def test_numbers_that_only_an_unsigned_integer_holds_are_kept(tmp_path):
+    numbers = [2**63 + 5, None, 2**64 - 1]
+    table = pa.table({"text": ["a", "b", "c"], "hash": pa.array(numbers, pa.uint64())})
+    parquet.write_table(
+        table.append_column("more", pa.array([numbers] * 3, pa.list_(pa.uint64()))), tmp_path / "p.parquet"
+    )
+
+    def read(streaming):
+        files, cache = str(tmp_path / "p.parquet"), str(tmp_path / "cache")
+        return load_dataset("parquet", data_files=files, split="train", streaming=streaming, cache_dir=cache)
+
+    expected = [{"text": t, "hash": n, "more": numbers} for t, n in zip("abc", numbers, strict=True)]
+    assert in_memory(read(False)).to_list() == in_memory(read(False).select([0, 1, 2])).to_list() == expected
+    assert rows_of(read(True), [1, 2]).to_list() == expected[1:]
+    assert rows_of(read(True), [1, 2]).features == read(False).features
+    for pool in (read(False), read(True)):
+        kept = P2DDataSelector(tiny_model(), tiny_tokenizer(), scorer="random", num_samples=3).select(pool)
+        assert kept.remove_columns("p2d_score").to_list() == expected
+
+
+def test_images_are_not_decoded_on_their_way():
+    features = Features({"text": Value("string"), "image": Image()})
+    pool = Dataset.from_dict({"text": ["x"], "image": [{"bytes": b"no image", "path": None}]}, features=features)
+    assert in_memory(pool).with_format("arrow")[:].to_pylist() == pool.with_format("arrow")[:].to_pylist()
+
+
+def test_a_stream_that_gives_other_rows_the_next_time_is_told():
+    once = iter(rows(5))
+    stream = IterableDataset.from_generator(lambda: once)
+    assert len(rows_of(stream, [0, 4])) == 2
+    with pytest.raises(
+        ValueError, match="`pool` gave no row 0 this time: a stream has to give the same rows each time"
+    ):
+        rows_of(stream, [0, 4])
 
 
 def test_an_earlier_score_is_replaced(tmp_path):

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from torch.nn import functional
 
@@ -59,3 +59,17 @@ def test_tokens_are_counted_and_no_hook_is_left():
         scored(rds.SCORER, model, samples, target=TARGET)
     assert passed() == sum(map(len, samples.input_ids)) + sum(map(len, TARGET.input_ids))
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_virtual_tokens_are_no_part_of_a_row():
+    """A prompt before a row is as a prefix that counts for nothing itself."""
+    model, samples = tiny_model(), samples_of(prompt_completion(6))
+    prompted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    embeds = prompted.get_prompt(1)[0]
+    found = scored(rds.SCORER, prompted, samples, target=TARGET).features
+    for ids, got in zip(samples.input_ids, found, strict=True):
+        tokens = torch.cat([embeds, model.get_input_embeddings()(torch.tensor(ids))])[None]
+        with torch.no_grad():
+            hidden = model(inputs_embeds=tokens, output_hidden_states=True).hidden_states[-1][0, 3:]
+        weights = torch.arange(1, len(ids) + 1) / sum(range(1, len(ids) + 1))
+        torch.testing.assert_close(got, (weights[:, None] * hidden).sum(0), rtol=1e-4, atol=1e-5)

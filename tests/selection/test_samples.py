@@ -111,6 +111,37 @@ def test_a_processor_and_a_template_from_elsewhere_are_refused():
         )
 
 
+MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "message"),
+    [
+        ({"messages": MESSAGES}, {"messages": MESSAGES[:1]}, "RuntimeError: .* at least one example has no assistant"),
+        ({"messages": MESSAGES, "tools": "[]"}, {"messages": MESSAGES, "tools": "{bad"}, "JSONDecodeError: "),
+    ],
+)
+@pytest.mark.parametrize("places", [[0], [4], [9], [3, 7]])
+def test_a_row_that_trl_stumbles_over_is_named(good, bad, message, places):
+    pool = Dataset.from_list([bad if row in places else good for row in range(10)])
+    args = SFTConfig(bf16=False, report_to="none", assistant_only_loss=True)
+    for first, number in ((0, places[0]), (100, 100 + places[0]), (list(range(0, 20, 2)), 2 * places[0])):
+        with pytest.raises(ValueError, match=f"`pool` cannot be made into tokens at row {number}: {message}"):
+            prepare_samples(pool, tiny_tokenizer(), args, rows=first)
+
+
+def test_an_error_that_no_row_is_to_blame_for_is_left_as_it_is():
+    def formatting_func(row):
+        seen.append(row)
+        if len(seen) == 5:
+            raise OSError("for a moment")
+        return row["text"]
+
+    seen = []
+    with pytest.raises(OSError, match="for a moment"):
+        prepare_samples(text(), tiny_tokenizer(), SFTConfig(bf16=False, report_to="none"), formatting_func)
+
+
 @pytest.mark.parametrize("kind", ["pandas", "numpy", "arrow", "torch"])
 def test_another_format_is_no_other_text(kind, tmp_path):
     for dataset in (conversational(), prompt_completion()):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from trl import SFTConfig
 
 from p2d_peft.heads import HeadSet, ModelGeometry, localize_heads
@@ -119,6 +120,7 @@ def test_the_same_seed_gives_the_same_rows(scorer):
 def test_another_seed_gives_other_random_rows():
     a, b = (selector(scorer="random", seed=seed, ratio=0.5).select(text())["text"][:] for seed in (0, 1))
     assert a != b
+    assert len({tuple(selector(scorer="random", seed=seed).score(text()).tolist()) for seed in (-1, -2, 1, 2)}) == 4
 
 
 # `less` trains in batches
@@ -223,6 +225,8 @@ def test_ties_go_to_the_lower_row_and_count_is_exact():
     assert chosen == [0, 1]
     assert selector(num_samples=3).choose(torch.tensor([1.0, math.nan, 1.0, 0.0])) == [0, 2, 3]
     assert selector(ratio=1e-9).choose(torch.zeros(5)) == [0]
+    with pytest.raises(ValueError, match="`choose` knows no lengths, which `max_tokens` is about; use `select`"):
+        selector(max_tokens=100).choose(torch.zeros(5))
 
 
 def test_rows_without_a_counted_token_are_named_and_never_taken(caplog):
@@ -312,6 +316,25 @@ def test_several_stacks_of_attention_are_refused():
             P2DDataSelector(model, tiny_tokenizer(), heads=HeadSet([("encoder.0", 1)]), target=text(), scorer=scorer)
 
 
+def test_encoder_decoders_are_refused_by_what_runs_them():
+    model, target = LAYOUTS["bart"].model(), text(3)
+    for scorer in ("ifd", "less", "perplexity", "rds"):
+        with pytest.raises(ValueError, match=r"\(BartForConditionalGeneration\) is an encoder-decoder.*; use 'bm25'"):
+            P2DDataSelector(model, tiny_tokenizer(), target=target, scorer=scorer)
+    for scorer in WITHOUT_MODEL:
+        assert len(P2DDataSelector(model, tiny_tokenizer(), target=target, scorer=scorer).select(text())) == 2
+
+
+@pytest.mark.parametrize("scorer", ["affinity", "gradient", "ifd", "influence", "perplexity", "rds"])
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_before_a_row_are_no_part_of_it(scorer, config):
+    model = get_peft_model(tiny_model(), config(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    scores = selector(model, scorer).score(prompt_completion())
+    assert scores.isfinite().all() and len(scores.unique()) > 12
+    alone = selector(model, scorer, batch_size=1).score(prompt_completion())
+    torch.testing.assert_close(scores, alone, rtol=1e-4, atol=1e-5)
+
+
 def test_too_many_rows_and_nothing_to_learn_are_errors_before_any_pass():
     model = tiny_model()
     model.forward = None  # any pass would fail
@@ -350,3 +373,26 @@ def test_a_scorer_of_ones_own():
     assert sorted(lengths)[:5] == sorted(len(tiny_tokenizer()(row["text"])["input_ids"]) for row in selected)
     with pytest.raises(ValueError, match="`scorer`='picky' needs `target`"):
         P2DDataSelector(tiny_model(), tiny_tokenizer(), scorer=Scorer("picky", shortest, False, needs_target=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (lambda n: torch.rand(n), TypeError, r"`scorer`='own' must give `RowScores` of a tensor, got tensor\("),
+        (lambda n: RowScores([1.0] * n), TypeError, r"must give `RowScores` of a tensor, got \[1\.0, 1\.0"),
+        (
+            lambda n: RowScores(torch.rand(1)),
+            ValueError,
+            r"each of the 24 samples of a call, got scores of shape \(1,\)",
+        ),
+        (lambda n: RowScores(torch.rand(n, 1)), ValueError, r"got scores of shape \(24, 1\)"),
+    ],
+)
+def test_what_a_scorer_of_ones_own_gives_is_looked_at(given, error, message):
+    @contextmanager
+    def opened(context):
+        yield lambda samples: given(len(samples))
+
+    own = Scorer("own", opened, needs_heads=False, needs_target=False)
+    with pytest.raises(error, match=message):
+        selector(scorer=own).score(text())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from ..samples import Samples
 
@@ -79,9 +79,10 @@ class Policy(ABC):
     needs_per_target: ClassVar[bool] = False
     needs_features: ClassVar[bool] = False
 
-    def check(self, pool: Dataset) -> None:  # noqa: B027
+    def check(self, pool: Dataset | IterableDataset) -> None:  # noqa: B027
         """
-        Look at a pool before its rows are scored, which may take hours; by default there is nothing to look at.
+        Look at a pool before its rows are scored, which may take hours; by default there is nothing to look at. A
+        stream's rows are not to be read for it.
 
         Raises:
             `ValueError`: if the policy cannot do with it.

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, IterableDataset
 
 from ...argument_checks import check_number, check_type
 from ...printable import shown
-from ..pool import column_of
+from ..pool import check_column, column_of
 from .policy import Policy, Ranking
 
 
@@ -31,6 +31,7 @@ class Quotas(Policy):
     next row is the best of the value that lacks most. So the shares hold whatever number of rows is kept.
 
     A value that runs out of rows leaves its place to the others, in proportion to their shares; a warning tells of it.
+    One that has none to begin with is refused, but in a stream, whose values are read too late for it.
     Values that are not named have together what the named ones leave, or are dropped where those leave nothing.
 
     Args:
@@ -61,8 +62,20 @@ class Quotas(Policy):
         if self._left < 0:
             raise ValueError(f"`shares` must be at most 1 together, got {math.fsum(self.shares.values())}.")
 
-    def check(self, pool: Dataset) -> None:
-        self._check(column_of(pool, self.column))
+    def check(self, pool: Dataset | IterableDataset) -> None:
+        if not isinstance(pool, Dataset):
+            check_column(pool, self.column)
+            return
+        values = column_of(pool, self.column)
+        self._check(values)
+        there = dict.fromkeys(values)
+        if absent := [value for value in self.shares if value not in there]:
+            feature = pool.features[self.column]
+            labels = f" They stand for {shown(feature.names)}." if isinstance(feature, ClassLabel) else ""
+            raise ValueError(
+                f"`shares` names {shown(absent[0])}, but no row of `pool` has that in the column {self.column!r}. Its "
+                f"values are {shown(list(there))}.{labels}"
+            )
 
     def _check(self, values: Iterable[Any]) -> None:
         # the values and not the column's type, as one of mixed types may hold both

@@ -128,19 +128,29 @@ def test_what_a_scorer_cannot_give_is_an_error():
     needed = r"`policies` need scores for each of the target's samples, which `scorer`='{}' does not give"
     with pytest.raises(ValueError, match=needed.format("perplexity") + r"; use one of \['affinity', 'bm25', "):
         selector("perplexity", policies=[RoundRobin()])
-    with pytest.raises(
-        ValueError, match="`policies` need features of rows, which `scorer`='perplexity' does not have"
-    ):
-        selector("perplexity", policies=[Diverse()]).select(prompt_completion())
-    promising = dataclasses.replace(length.SCORER, name="promising", per_target=True)
+    needed_features = r"`policies` need features of rows, which `scorer`='{}' does not "
+    for scorer in ("perplexity", "icl", "bm25"):
+        with pytest.raises(ValueError, match=needed_features.format(scorer) + r"give; use one of \['affinity', 'grad"):
+            selector(scorer, policies=[Diverse()])
+    promising = dataclasses.replace(length.SCORER, name="promising", per_target=True, features=True)
     with pytest.raises(ValueError, match=needed.format("promising")):
         selector(promising, policies=[RoundRobin()]).select(prompt_completion())
+    with pytest.raises(ValueError, match=needed_features.format("promising") + "have"):
+        selector(promising, policies=[Diverse()]).select(prompt_completion())
 
 
 def test_a_column_that_is_not_there_is_named():
     policies = [Quotas("source", {"math": 1.0})]
     with pytest.raises(ValueError, match=r"`pool` has no column 'source', only \['task', 'prompt', 'completion'\]"):
         selector("random", policies=policies).select(prompt_completion())
+
+    def unread():
+        raise AssertionError("the stream was read")
+        yield
+
+    features = prompt_completion().features
+    with pytest.raises(ValueError, match=r"`pool` has no column 'source', only \['task', 'prompt', 'completion'\]"):
+        selector("random", policies=policies).select(IterableDataset.from_generator(unread, features=features))
 
     def stream():
         yield from rows()

@@ -2,7 +2,7 @@ import random
 from collections import Counter
 
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 
 from p2d_peft.selection.policies import Quotas
 
@@ -99,6 +99,19 @@ def test_a_column_of_lists_is_refused_before_anything_is_scored():
     with pytest.raises(ValueError, match=message):  # of a stream
         ordered(values, quotas.shares)
     quotas.check(Dataset.from_dict({"source": ["a", None]}))
+
+
+def test_a_value_that_no_row_has_is_refused_before_anything_is_scored():
+    pool = Dataset.from_dict({"source": ["math", "code"], "label": [0, 1]})
+    message = (
+        r"`shares` names 'maths', but no row of `pool` has that in the column 'source'. Its values are \['math', 'co"
+    )
+    with pytest.raises(ValueError, match=message):
+        Quotas("source", {"code": 0.5, "maths": 0.5}).check(pool)
+    pool = pool.cast_column("label", ClassLabel(names=["no", "yes"]))
+    with pytest.raises(ValueError, match=r"Its values are \[0, 1\]\. They stand for \['no', 'yes'\]\."):
+        Quotas("label", {"yes": 1.0}).check(pool)
+    Quotas("label", {1: 1.0}).check(pool)
 
 
 def test_a_value_that_runs_out_behind_a_full_budget_of_tokens_is_not_told(caplog):
