@@ -1,7 +1,7 @@
 """
 What a whole run costs on a model of the paper's size: P2DTrainer, and full fine-tuning of as many epochs on the same pool.
 
-    python benchmarks/large_run.py --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct --output benchmarks/results/large_run.json
+    python benchmarks/large_run.py --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct --rows 3000 --warmup-rows 40 --estimate
 
 The weights are random, since time and memory do not depend on what they are: nothing follows from it about quality. The
 rows are real, GSM8K's by default. Both runs are P2DTrainer's, with the same arguments, in bfloat16; the second one with
@@ -32,11 +32,13 @@ from p2d_peft.files import write_json
 
 
 TARGET_ROWS = 100
+GSM8K = "openai/gsm8k"
 
 
 def rows(args: argparse.Namespace) -> Dataset:
     """Prompts and completions, shuffled by the seed."""
-    data = load_dataset(args.dataset, args.dataset_name, split="train").shuffle(seed=args.seed)
+    name = args.dataset_name or ("main" if args.dataset == GSM8K else None)
+    data = load_dataset(args.dataset, name, split="train").shuffle(seed=args.seed)
     data = data.select(range(TARGET_ROWS + args.rows))
     return data.map(
         lambda row: {"prompt": f"{row[args.prompt]}\n", "completion": row[args.completion]},
@@ -85,8 +87,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "--tokenizer", required=True, help="folder or Hub id; its vocabulary is no larger than the shape's"
     )
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b", help="default: %(default)s")
-    parser.add_argument("--dataset", default="openai/gsm8k", help="Hub id or folder (default: %(default)s)")
-    parser.add_argument("--dataset-name", help="its configuration, such as main")
+    parser.add_argument("--dataset", default=GSM8K, help="Hub id or folder (default: %(default)s)")
+    parser.add_argument("--dataset-name", help="its configuration (default: main, of GSM8K)")
     parser.add_argument("--prompt", default="question", help="the column of the questions (default: %(default)s)")
     parser.add_argument("--completion", default="answer", help="the column of the answers (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=7000, help="rows of the pool (default: %(default)s)")

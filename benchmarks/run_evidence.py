@@ -7,8 +7,8 @@ Which rows and which weights to train: arms as a YAML file declares them, run an
     python benchmarks/run_evidence.py compare RERUN
 
 `run` writes one file for each arm into `--output`, with which it goes on wherever it was stopped: what is there is not
-run again. SmolLM2-135M-Instruct and BIG-bench's rows come from PyPI. `report` writes `docs/results.md`, its pictures and the
-README's table from these files, or another `--page`. `check` says what a profile would run, and `compare` whether a rerun
+run again. SmolLM2-135M-Instruct and BIG-bench's rows come from PyPI. `report` writes a page and its pictures from these files:
+of our own results `docs/results.md`, and the README's table. `check` says what a profile would run, and `compare` whether a rerun
 ended where our run did.
 """
 
@@ -106,7 +106,9 @@ def main(argv: list[str] | None = None) -> None:
         "report", help="write a page and its pictures, and with docs/results.md the README's table"
     )
     reports.add_argument("--output", type=Path, default=RESULTS, help="where the results are")
-    reports.add_argument("--page", type=Path, default=PAGE, help="default: docs/results.md")
+    reports.add_argument(
+        "--page", type=Path, help="default: docs/results.md for our own results, else page.md beside the results"
+    )
     checks = commands.add_parser("check", help="say what a profile would run")
     checks.add_argument("profile", type=Path)
     checks.add_argument("--only", nargs="+", metavar="TEXT", help="as for `run`")
@@ -118,7 +120,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "run":
         run(args, arguments)
     elif args.command == "report":
-        report(args.output, args.page, ROOT / "README.md" if args.page == PAGE else None)
+        # a rerun of a part must not take the place of what is published
+        to = args.page or (PAGE if args.output.resolve() == RESULTS.resolve() else args.output / "page.md")
+        report(args.output, to, ROOT / "README.md" if to.resolve() == PAGE.resolve() else None)
     elif args.command == "compare":
         found = compare(args.rerun, args.output)
         print(json.dumps({name: value for name, value in found.items() if name != "where"}, indent=2))

@@ -8,8 +8,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=$1 extras=$2
 packages() { "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
-if [ ! -x "$folder/bin/python" ]; then
-    "${PYTHON:-python3}" -m venv "$folder"
+# without pip it was interrupted while it was made; nothing but an environment is cleared
+if ! "$folder/bin/python" -m pip --version > /dev/null 2>&1; then
+    clear=$([ ! -e "$folder/pyvenv.cfg" ] || echo --clear)
+    "${PYTHON:-python3}" -m venv $clear "$folder"
     # pip then counts them as installed, and leaves them alone where it needs another version
     [ -z "${BASE:-}" ] || echo "import site; site.addsitedir('$(packages "$BASE")')" > "$(packages "$folder")/base.pth"
 fi

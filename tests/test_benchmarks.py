@@ -1,5 +1,6 @@
 """The benchmarks run, on a tiny model; and of their numbers, those that are no times hold there too."""
 
+import itertools
 import json
 import random
 
@@ -104,6 +105,15 @@ def test_a_whole_run_on_a_large_model(tmp_path):
     estimated = large_run.main([*options, "--rows", "20", "--warmup-rows", "0", "--epochs", "1", "--estimate"])
     assert estimated["full"] is None and estimated["estimated_over_measured_reference"] is None
     assert estimated["aer"] == estimated["p2d"]["aer"] > 0
+
+
+def test_the_default_rows_of_a_large_run_have_a_configuration(monkeypatch):
+    asked = []
+    monkeypatch.setattr(large_run, "load_dataset", lambda *arguments, **_: asked.append(arguments) or 1 / 0)
+    for options in ([], ["--dataset", "folder"], ["--dataset-name", "socratic"]):
+        with pytest.raises(ZeroDivisionError):
+            large_run.main(["--tokenizer", "unused", *options])
+    assert asked == [(large_run.GSM8K, "main"), ("folder", None), (large_run.GSM8K, "socratic")]
 
 
 def test_all_arms_are_there(numbers):
@@ -239,13 +249,20 @@ def test_localize_runs_no_arm_twice(judged, monkeypatch, capsys):
         localize.main([*options, "--rows", "13"])
 
 
-def test_localize_arms_are_reproducible_and_differ_in_their_heads_only(judged, tmp_path):
+def test_localize_arms_are_reproducible_and_differ_in_their_heads_only(judged, tmp_path, monkeypatch):
     options, folder = judged
+    monkeypatch.setattr(localize, "now", itertools.count().__next__)  # all that is timed takes a second
     again = ["--output", str(tmp_path / "out"), "--tasks", "count", "--seeds", "1", "--methods", "taylor"]
     localize.main([*options, *again, "--choices", "spread"])
     (path,) = (tmp_path / "out" / "arms").iterdir()
     mine, theirs = json.loads(path.read_text()), json.loads((folder / "arms" / path.name).read_text())
     assert all(mine[key] == theirs[key] for key in ("heads", "nll", "exact_match", "last_epoch_loss"))
+    full_step = json.loads((tmp_path / "out" / "full_step" / "count.json").read_text())
+    assert full_step["seconds_per_token"] * full_step["tokens"] == mine["train_seconds"] == 1
+    tokens = mine["localize_seconds"] / mine["localize_full_steps"] * full_step["tokens"]
+    assert (
+        tokens == pytest.approx(round(tokens)) and tokens > full_step["tokens"]
+    )  # of eight samples, and of four of them
     # an arm in between leaves nothing behind; and what trains differs from the model as it is
     base = json.loads((folder / "base" / "count.json").read_text())
     assert mine["nll"] < base["nll"]
@@ -281,6 +298,8 @@ def test_localize_report_says_what_the_arms_say(judged, tmp_path, capsys):
         assert found["pairs"] == 4 and found["mean"] == pytest.approx(sum(differences) / 4)
         assert min(differences) <= found["low"] <= found["mean"] <= found["high"] <= max(differences)
     for arm in arms:
+        scores = HeadScores.load(folder / "scores" / f"{arm['task']}-{arm['method']}-n8-seed{arm['seed']}.json")
+        assert arm["heads"] == localize.CHOICES[arm["choice"]](scores, 0.2).to_dict()["heads"]
         assert sum(map(len, arm["heads"].values())) == 3  # 20 % of 16
         if arm["choice"] == "spread":
             assert all(len(heads) == 1 for heads in arm["heads"].values())
@@ -299,6 +318,53 @@ def test_localize_report_says_what_the_arms_say(judged, tmp_path, capsys):
     assert all(
         len({line.count("|") for line in table.split("\n\n")[-1].splitlines()}) == 1 for table in tables.values()
     )
+
+
+def test_localize_looks_at_rows_to_train_on_as_the_seed_draws_them(judged, tmp_path, monkeypatch):
+    options, folder = judged
+    asked = []
+
+    def scores(model, batches, method, seed):
+        texts = tiny_tokenizer().batch_decode([row for batch in batches for row in batch["input_ids"]])
+        asked.append((method, seed, texts))
+        return HeadScores(torch.zeros(4, 4), method, seconds=0.0)
+
+    monkeypatch.setattr(localize, "localize_heads", scores)
+    again = ["--output", str(tmp_path), "--stability", "--stability-samples", "8", "--methods", "taylor"]
+    localize.main([*options, *again])
+    assert [method for method, _, _ in asked] == ["taylor"] * 4 and len({seed for _, seed, _ in asked}) == 4
+    train, test = (
+        [json.loads(line) for line in (folder.parent / f"{split}.jsonl").read_text().splitlines()]
+        for split in ("train", "test")
+    )
+    for (_, _, texts), task in zip(asked, ("copy", "count") * 2, strict=True):
+        assert len(texts) == 8
+        assert all(any(row["prompt"] in text for row in train if row["task"] == task) for text in texts)
+        assert not any(row["prompt"] in text for row in test for text in texts)
+    assert asked[0][2] != asked[2][2]  # of another seed
+
+
+def test_localize_compares_arms_of_one_learning_rate(tmp_path):
+    for folder in ("arms", "scores", "base"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "settings.json").write_text("{}")
+    arm = {"task": "a", "choice": "spread", "ratio": 0.1, "exact_match": 0.5, "trainable_parameters": 1}
+    arm |= {"command": "", "machine": {}, "versions": {}}
+    nll = {("random", 1e-3): 1.0, ("random", 2e-3): 2.0, ("taylor", 1e-3): 1.5, ("taylor", 2e-3): 1.0}
+    for number, ((method, lr), value) in enumerate(nll.items()):
+        for seed in range(6):
+            text = json.dumps({**arm, "method": method, "lr": lr, "nll": value + seed, "seed": seed})
+            (tmp_path / "arms" / f"{number}-{seed}.json").write_text(text)
+    values = torch.arange(12.0).reshape(3, 4)
+    for method, of_method in (("trained", values), ("gain", values.exp()), ("random", -values)):
+        HeadScores(of_method, method).save(tmp_path / "scores" / f"a-{method}-n4-seed0.json")
+    found = localize_report.summarize(tmp_path, times=False)
+    differences = {
+        row["lr"]: row["nll_minus_control"]["mean"] for row in found["methods"] if row["method"] == "taylor"
+    }
+    assert differences == {1e-3: 0.5, 2e-3: -1.0}
+    trained = {row["method"]: row["spearman"] for row in found["stability"]["with_trained"]}
+    assert trained == {"gain": pytest.approx(1), "random": pytest.approx(-1)}
 
 
 def test_localize_sees_what_sft_trainers_loss_and_greedy_decoding_see(judged):
@@ -353,7 +419,7 @@ def test_localize_orders_arms_such_that_a_part_is_balanced():
     assert len({arm.file for arm in order}) == 16
 
 
-def test_spearman_and_bootstrap():
+def test_spearman():
     a = torch.tensor([[1.0, 2.0], [4.0, torch.nan]])
     assert localize_report.spearman(a, a.exp()) == pytest.approx(1)
     assert localize_report.spearman(a, -a) == pytest.approx(-1)
@@ -361,9 +427,34 @@ def test_spearman_and_bootstrap():
     ties = localize_report.spearman(torch.tensor([1.0, 2, 2, 3]), torch.tensor([1.0, 2, 3, 4]))
     assert ties == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
     assert localize_report.spearman(a, torch.ones(2, 2)) is None
-    assert localize_report.bootstrap([0.5]) == {"pairs": 1, "mean": 0.5, "low": None, "high": None}
-    interval = localize_report.bootstrap([0.0, 1.0] * 50)
+
+
+def test_paired_differences():
+    nothing = {"low": None, "high": None, "bounds": None}
+    assert localize_report.paired([0.5]) == {"pairs": 1, "mean": 0.5, **nothing}
+    assert localize_report.difference_text(localize_report.paired([0.5]), 1) == "+0.5"
+    few = localize_report.paired([0.0, 0.5, -0.2, 0.1, 0.1])
+    assert (few["low"], few["high"], few["bounds"]) == (-0.2, 0.5, "smallest and largest pair")
+    assert localize_report.difference_text(few, 1) == "+0.1 (pairs: -0.2 to +0.5)"
+    interval = localize_report.paired([0.0, 1.0] * 50)
     assert interval["low"] == pytest.approx(0.4, abs=0.02) and interval["high"] == pytest.approx(0.6, abs=0.02)
+    assert localize_report.difference_text(interval, 1) == "+0.5 (+0.4 to +0.6)"
+
+
+@pytest.mark.parametrize(("sizes", "coverage"), localize_report.COVERAGE.items())
+def test_how_often_an_interval_holds_the_truth(sizes, coverage, monkeypatch):
+    """Of normal differences around zero, whose seeds differ from one another, and whose targets do as much."""
+    monkeypatch.setattr(localize_report, "RESAMPLES", 1000)
+    n_targets, n_seeds = sizes
+    generator = torch.Generator().manual_seed(1)
+    held = 0
+    for _ in range(1000):
+        pairs = torch.randn(n_targets, n_seeds, generator=generator)
+        if n_targets > 1:
+            pairs += torch.randn(n_targets, 1, generator=generator)
+        found = localize_report.paired(pairs.flatten().tolist())
+        held += found["low"] <= 0 <= found["high"]
+    assert held / 10 == pytest.approx(coverage, abs=3)
 
 
 def test_command_names_no_folder():

@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import math
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -18,7 +21,10 @@ import yaml
 from transformers import AutoTokenizer
 from trl import SFTTrainer
 
-from p2d_peft import P2DConfig
+from p2d_peft import HeadScores, P2DConfig
+from p2d_peft.heads import ModelGeometry
+from p2d_peft.selection.policies import RoundRobin
+from p2d_peft.selection.samples import prepare_samples
 
 from .benchmark_files import BENCHMARKS, load_benchmark
 from .tiny_data import rows
@@ -26,7 +32,7 @@ from .tiny_models import tiny_model, tiny_tokenizer
 
 
 run_evidence = load_benchmark("run_evidence")
-adapt, base, bigbench, choose, claims, defaults, page, plots, problem, profile, schedule, summary, tasks = (
+adapt, base, bigbench, choose, claims, defaults, page, plots, problem, profile, runner, schedule, summary, tasks = (
     load_benchmark(f"evidence.{name}")
     for name in (
         "adapt",
@@ -39,6 +45,7 @@ adapt, base, bigbench, choose, claims, defaults, page, plots, problem, profile, 
         "plots",
         "problem",
         "profile",
+        "runner",
         "schedule",
         "summary",
         "tasks",
@@ -150,6 +157,9 @@ def test_a_profile_in_full(results, with_tiny_tasks, monkeypatch):
         for target, test in result["test"].items():
             assert len(test["right"]) == 10 and test["right"].count("1") == 10 * test["exact_match"]
             assert ("options_accuracy" in test) == (target == "count")
+    for result in read:
+        cell = a_cell("mixed", result["target"], result["data"], result["parameters"])
+        _says_what_it_trained_on(result, cell, folder)
     # the second seed has the rate that was best on the validation rows
     of_cell = [r for r in read if (r["target"], r["data"], r["parameters"]) == ("copy", *claims.P2D)]
     first = {r["lr"]: r["validation"]["copy"]["nll"] for r in of_cell if r["seed"] == 0}
@@ -159,6 +169,70 @@ def test_a_profile_in_full(results, with_tiny_tasks, monkeypatch):
     monkeypatch.setattr(run_evidence.Runner, "run", lambda *_: pytest.fail("an arm was run again"))
     run_evidence.main(arguments)
     assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
+
+
+def _says_what_it_trained_on(result, cell, folder):
+    """The rows and heads of an arm's result are those that were chosen, and its counts are theirs."""
+    tested = ["copy", "count"] if cell.target == profile.ANY else [cell.target]
+    made = problem.split(tiny_tasks(), cell, tested, sizes(), result["seed"])
+    chosen = made.pool
+    if cell.data.scorer != "full":
+        name = (
+            f"{cell.setting}-{cell.target}-{str(cell.data).replace(':', '.').replace('/', '_')}-seed{result['seed']}"
+        )
+        chosen = [made.pool[row] for row in json.loads((folder / "rows" / f"{name}.json").read_text())["rows"]]
+        assert result["seconds"]["select"]["cpu"] > 0 and result["seconds"]["localize"]["cpu"] > 0
+    assert result["rows"] == len(chosen) == (40 if cell.data.scorer == "full" else 4)
+    assert result["rows_of_target"] == sum(row["task"] == cell.target for row in chosen)
+    samples = prepare_samples(problem.as_dataset(chosen), tiny_tokenizer(), tiny_arguments(folder))
+    assert result["tokens"] == samples.n_tokens
+    assert result["training"]["steps"] == 3 * math.ceil(len(chosen) / 4) and len(result["training"]["losses"]) == 3
+    method = cell.parameters.method
+    if method is None:
+        assert result["heads"] is None
+        return
+    file = folder / "heads" / f"{cell.target}-{method}-seed{result['seed']}.json"
+    scores = HeadScores.from_dict(json.loads(file.read_text())["scores"])
+    assert scores.method == method
+    assert result["heads"] == choose.CHOICES[cell.parameters.choice](scores, 0.1).to_dict()["heads"]
+
+
+def test_an_arm_is_trained_as_it_says(results, tmp_path, monkeypatch):
+    """Its rows, epochs, rate and seed go into the training; no training is needed to see that."""
+    folder, arguments = results
+    shutil.copytree(folder, tmp_path / "results")
+    ran = run_evidence.make_runner(
+        1, profile.Profile.read(arguments[1]), tiny_tasks(), arguments[3], tmp_path / "results", ""
+    )
+    given, seeds = [], []
+    monkeypatch.setattr(adapt, "train", lambda model, tokenizer, rows, training: given.append((rows, training)) or {})
+    monkeypatch.setattr(runner, "set_seed", seeds.append)
+    monkeypatch.setattr(runner.Runner, "_judged", lambda *_, **__: {})
+    monkeypatch.setattr(runner.Runner, "_passages", lambda *_: 0.0)
+    cell = a_cell("mixed", "copy", *claims.P2D)
+    ran.run(profile.Arm(cell, 1, 0.3))
+    ((rows, training),) = given
+    assert (training.num_train_epochs, training.learning_rate, training.seed, seeds) == (3, 0.3, 1, [1])
+    made = problem.split(tiny_tasks(), cell, ["copy"], sizes(), 1)
+    numbers = json.loads((folder / "rows" / "mixed-copy-affinity.proxy_fifth_robin-seed1.json").read_text())["rows"]
+    assert numbers != list(range(4))  # or the pool's first rows would do
+    assert rows["prompt"] == [made.pool[row]["prompt"] for row in numbers]
+
+    shots = []
+    monkeypatch.setattr(runner, "few_shot", lambda rows: shots.append(rows) or "")
+    (tmp_path / "results" / "base" / "copy.json").unlink()
+    ran.base("copy")
+    assert shots == [problem.split(tiny_tasks(), cell, ["copy"], sizes(), 0).target]
+
+
+def test_the_rate_is_that_of_the_validation_rows(tmp_path):
+    cell = a_cell("mixed", "copy", *claims.P2D)
+    for lr, validation, test in ((1e-3, 1.0, 3.0), (3e-3, 2.0, 2.0)):
+        found = {"validation": {"copy": {"nll": validation}}, "test": {"copy": {"nll": test}}}
+        (tmp_path / profile.Arm(cell, 0, lr).file).write_text(json.dumps(found))
+    asked = SimpleNamespace(seeds=[0, 1], rates=lambda _: [3e-3, 1e-3])
+    of = SimpleNamespace(profile=asked, path=lambda arm: tmp_path / arm.file)
+    assert runner.Runner.best_rate(of, cell) == 1e-3
 
 
 def test_an_arm_is_the_same_when_it_is_run_again_alone(results, with_tiny_tasks, tmp_path):
@@ -202,7 +276,8 @@ def test_a_rerun_is_compared_with_the_first_run(results, tmp_path, capsys):
 def test_other_sizes_go_into_another_folder(results, with_tiny_tasks, tmp_path):
     _, arguments = results
     path = write_profile(tmp_path, problem={**a_profile()["problem"], "test_rows": 5})
-    with pytest.raises(ValueError, match="holds results with other settings"):
+    message = r"holds results with other settings \(test_rows: 10 there, 5 here\)\. Name another"
+    with pytest.raises(SystemExit, match=message):
         run_evidence.main([arguments[0], str(path), *arguments[2:]])
 
 
@@ -267,19 +342,20 @@ def test_the_summary(results):
     assert summary.compare(evidence, claims.P2D, ("bm25", "heads:proxy/last")) is None
 
 
-def evidence_of(sides, memory_kind="process", processes=1):
-    """Made-up results of two targets, two seeds and 40 test rows: for each side how many are right, its seconds and NLL."""
+def evidence_of(sides, memory_kind="process", processes=1, targets="abcd"):
+    """Made-up results of targets, two seeds and 40 test rows: for each side how many are right, its seconds and NLL."""
     lines = {}
     for (data, parameters), (right, seconds, nll) in sides.items():
-        for target in ("a", "b"):
+        for target in targets:
             test = {"right": "1" * right + "0" * (40 - right), "exact_match": right / 40, "nll": nll}
             stage = {"cpu": seconds, "wall": 0.0} if memory_kind == "process" else {"cpu": 0.0, "wall": seconds}
             nothing = {"cpu": 0.0, "wall": 0.0}
             arm = {"seconds": {"localize": nothing, "select": nothing, "train": stage}, "passages_nll": nll}
             arm |= {"memory_kind": memory_kind, "processes_per_device": processes}
             key = ("mixed", target, data, parameters, 3)
+            arm |= dict(zip(("setting", "target", "data", "parameters", "epochs"), key, strict=True))
             lines[key] = summary.Line(*key, 1e-3, {0: arm, 1: arm}, {0: test, 1: test})
-    base = {target: {"passages_nll": 1.0} for target in ("a", "b")}
+    base = {target: {"passages_nll": 1.0} for target in targets}
     return summary.Evidence({}, base, lines, [], 0, [], [])
 
 
@@ -298,8 +374,8 @@ SIDES = {
 
 def test_claims():
     heads, data, coupling, whole, forgetting = claims.judge(evidence_of(SIDES))
-    assert heads.verdict == claims.UNDECIDED  # two targets of four: two more could still make it three
-    assert "+25.0 points" in heads.figures[0] and "2 of 2 targets" in heads.figures[0]
+    assert heads.verdict == claims.HELD
+    assert "+25.0 points" in heads.figures[0] and "4 of 4 targets" in heads.figures[0]
     assert data.verdict == claims.UNDECIDED and "own pool: not run" in data.figures
     assert coupling.verdict == claims.NOT_HELD  # no better than rows by random heads
     assert whole.verdict == claims.HELD and "AER 0.080" in whole.figures[1]
@@ -317,6 +393,66 @@ def test_claims():
     assert claims.judge(evidence_of(expensive))[3].verdict == claims.NOT_HELD
     nothing = claims.judge(evidence_of({}))
     assert {claim.verdict for claim in nothing} == {claims.UNDECIDED}
+
+
+def test_no_claim_is_decided_by_half_of_the_targets():
+    """The other half could turn each: a mean, and how many of the four are better."""
+    worse = {**SIDES, ("full", "full"): (35, 100.0, 1.0), ("random", claims.P2D[1]): (29, 8.0, 1.0)}
+    for sides in (SIDES, worse):
+        assert {claim.verdict for claim in claims.judge(evidence_of(sides, targets="ab"))} == {claims.UNDECIDED}
+    # the first one counts: with one target to go and none that is better three can't be reached
+    alike = {**SIDES, (claims.P2D[0], "heads:random/late"): (30, 8.0, 1.5)}
+    verdicts = [claims.judge(evidence_of(alike, targets=targets))[0].verdict for targets in ("ab", "abc")]
+    assert verdicts == [claims.NOT_HELD, claims.NOT_HELD]
+
+
+def test_what_the_defaults_were_chosen_among_is_judged_as_they_are():
+    data = "affinity:proxy/first/robin"
+    sides = {**SIDES, (data, claims.P2D[1]): (30, 20.0, 1.0), (data, claims.LORA[1]): (20, 19.0, 0.9)}
+    evidence = evidence_of(sides)
+    found = {variant.side: variant for variant in claims.variants(evidence)}
+    assert (found[claims.P2D].whole, found[claims.P2D].forgetting) == (claims.HELD, claims.HELD)
+    other = found[data, claims.P2D[1]]
+    assert (other.whole, other.forgetting, other.aer) == (claims.NOT_HELD, claims.NOT_HELD, pytest.approx(0.2))
+    assert found["affinity:proxy", "heads:proxy"].exact_match is None
+    text = page._variants(evidence)
+    assert (
+        "holds for 2 of these 3, claim 5 for 1, and both for 1." in text
+        and text.count("| 0.200 | not held | not held |") == 1
+    )
+    assert (
+        "No arms are in the folder of `affinity:proxy/first/robin` with `heads:proxy/last`, `affinity:proxy`" in text
+    )
+
+
+def test_intervals_hold_what_differs_between_seeds_and_between_rows():
+    few = torch.zeros(3, 100, dtype=torch.float64)
+    few[0] = 0.3  # the seeds differ, and the rows of each do not
+    found, (alone,) = summary._bootstrap_within([few])
+    assert found == alone
+    assert (found["mean"], found["low"], found["high"]) == pytest.approx((0.1, 0.0, 0.3))
+    rows = torch.zeros(3, 100, dtype=torch.float64)
+    rows[:, :50] = 1.0  # the rows differ, and are the same for all seeds
+    found, _ = summary._bootstrap_within([rows])
+    assert (found["low"], found["high"]) == pytest.approx((0.4, 0.6), abs=0.015)
+    found, (first, second) = summary._bootstrap_within([rows, -rows])
+    assert (found["mean"], first["mean"], second["mean"]) == (0.0, 0.5, -0.5)
+    # each target draws for itself: else the two would cancel out in each draw
+    assert (found["low"], found["high"]) == pytest.approx((-0.07, 0.07), abs=0.015)
+
+
+def test_rates_at_the_edge_of_what_was_tried_are_counted():
+    evidence = evidence_of(SIDES)
+    tried = [(claims.P2D, "a", 1e-3), (claims.P2D, "a", 3e-3), (claims.LORA, "a", 5e-4), (claims.LORA, "a", 1e-3)]
+    tried += [(claims.LORA, "a", 3e-3), (("full", "full"), "a", 1e-3)]
+    arms = [{**evidence.lines[("mixed", target, *side, 3)].results[0], "lr": lr} for side, target, lr in tried]
+    text = page._edges(dataclasses.replace(evidence, tried=arms))
+    assert "for `heads` in 1 of 1 cells (the lowest in 1, the highest in 0), for `lora-attention` in 0 of 1" in text
+    assert "`full`" not in text and "Claim 3" not in text  # a single rate has no edge
+    side = ("mixed", "b", "affinity:all/fifth/robin", claims.P2D[1], 3)
+    evidence.lines[side] = dataclasses.replace(evidence.lines[side], lr=3e-3)
+    text = page._edges(dataclasses.replace(evidence, tried=arms))
+    assert "Claim 3's do for `b` (0.001, and 0.003 for `affinity:all/fifth/robin`)" in text
 
 
 def test_seconds_of_processes_that_share_a_gpu_are_left_out():
@@ -398,6 +534,54 @@ def test_what_is_published_is_what_the_results_say(folder, name):
     assert page.with_results(readme, page.readme_table(evidence)) == readme
 
 
+def _of_command(command):
+    """The profile that an arm's command names, and what stands behind its `--only`."""
+    before, _, only = command.partition(" --only ")
+    return next(word for word in shlex.split(before) if word.endswith(".yaml")), shlex.split(only)
+
+
+def test_the_commands_of_arms_name_profiles_and_whole_cells(monkeypatch):
+    cell = f"mixed qasc {claims.P2D[0]} {claims.P2D[1]} 3 epochs"
+    called = []
+    monkeypatch.setattr(run_evidence, "run_all", lambda part, make_runner, jobs: called.append((part, make_runner)))
+    monkeypatch.setattr(run_evidence, "load_tasks", lambda *_: {})
+    run_evidence.main(["run", str(page.FULL), "--model", "tiny", "--output", "a/b", "--only", cell, claims.P2D[0]])
+    ((part, make_runner),) = called
+    (command,) = (word for word in make_runner.args if isinstance(word, str) and word.startswith("python "))
+    name, only = _of_command(command)
+    assert name == "full.yaml" and only == [cell, claims.P2D[0]]
+    assert profile.Profile.read(page.PROFILES / name).only(only).cells() == part.cells()
+
+
+def test_the_published_arms_commands_can_be_followed():
+    """But for those of the time when cells' names were cut, of which the page tells: no other may come."""
+    commands = [
+        command
+        for folder in ("evidence", "evidence_gsm8k")
+        for command in summary.read_evidence(run_evidence.RESULTS.with_name(folder)).commands
+    ]
+    gone, cut = set(), 0
+    for name, only in map(_of_command, commands):
+        if not (page.PROFILES / name).exists():
+            gone.add(name)
+        elif only:
+            profile.Profile.read(page.PROFILES / name).only(only)
+            cut += any(text.isalnum() for text in only)  # a word of a cell's name, or what was behind its last `/`
+    assert gone == set(page.GONE)
+    assert cut == 4
+
+
+def test_a_rerun_does_not_take_the_place_of_what_is_published(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(run_evidence, "report", lambda *arguments: written.append(arguments))
+    run_evidence.main(["report", "--output", str(tmp_path)])
+    run_evidence.main(["report"])
+    assert written == [
+        (tmp_path, tmp_path / "page.md", None),
+        (run_evidence.RESULTS, run_evidence.PAGE, ROOT / "README.md"),
+    ]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="a script of bash")
 @pytest.mark.parametrize("threads", [None, "1"])
 def test_the_script_runs_a_process_for_each_core(threads, tmp_path):
@@ -406,12 +590,32 @@ def test_the_script_runs_a_process_for_each_core(threads, tmp_path):
     python.write_text(f'#!/bin/sh\necho "$OMP_NUM_THREADS $@" >> {tmp_path / "calls"}\n')
     python.chmod(0o755)
     environ = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "JOBS")}
-    environ |= {"VENV": str(tmp_path / "venv"), "RESULTS": str(tmp_path / "results")}
+    environ |= {"VENV": str(tmp_path / "venv")}
+    environ.pop("RESULTS", None)
     environ |= {} if threads is None else {"OMP_NUM_THREADS": threads}
     subprocess.run(["bash", str(ROOT / "scripts" / "evidence.sh")], env=environ, check=True)
     calls = (tmp_path / "calls").read_text().splitlines()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert any(call.startswith("1 ") and f"--jobs {cores} " in call for call in calls)
+    # in a folder of its own: what is in ours is not run again
+    assert any(call.startswith("1 ") and f"--jobs {cores} --output rerun" in call for call in calls)
+    assert calls[-1] == "1 benchmarks/run_evidence.py report --output rerun"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script of bash")
+def test_an_environment_that_was_interrupted_is_made_anew(tmp_path):
+    """What is made of an interpreter, and is no environment yet; a folder of something else is not cleared."""
+    folder, python = tmp_path / "venv", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "calls"}\n')
+    python.chmod(0o755)
+    script = ["bash", str(ROOT / "scripts" / "environment.sh"), str(folder), "test"]
+    for files in ([], ["pyvenv.cfg"]):
+        folder.mkdir(exist_ok=True)
+        for file in files:
+            (folder / file).touch()
+        environ = {**os.environ, "PYTHON": str(python)}
+        assert subprocess.run(script, env=environ, capture_output=True).returncode != 0  # nothing was really made
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls == [f"-m venv {folder}", f"-m venv --clear {folder}"]
 
 
 SLEEPERS = """
@@ -545,7 +749,8 @@ def test_rows_may_be_scored_by_heads_of_the_first_layers(tmp_path):
     chosen = {}
     for data, deepest in (("affinity:all", 3), ("affinity:all/first", 0), ("affinity:all/fifth/robin", 0)):
         passed.clear()
-        chosen[data], _ = chooser.rows(made, a_cell("mixed", data=data), 0)
+        chosen[data], seconds = chooser.rows(made, a_cell("mixed", data=data), 0)
+        assert seconds.cpu > 0
         assert len(chosen[data]) == 4 and max(passed) == deepest
         assert str(profile.Data.read(data)) == data
     assert len({tuple(rows) for rows in chosen.values()}) > 1
@@ -554,6 +759,55 @@ def test_rows_may_be_scored_by_heads_of_the_first_layers(tmp_path):
         "mixed-copy-affinity.all_first-seed0",
         "mixed-copy-affinity.all_fifth_robin-seed0",
     }
+
+
+def test_a_cell_says_how_heads_and_rows_are_chosen(tmp_path, monkeypatch):
+    model = tiny_model(num_hidden_layers=10)
+    chooser = choose.Chooser(
+        tmp_path, lambda: model, tiny_tokenizer(), tiny_arguments(tmp_path), nullcontext, batch_size=8
+    )
+    made = problem.split(tiny_tasks(), a_cell("mixed"), ["copy"], sizes(), 0)
+    asked = []
+
+    class Selector:
+        def __init__(self, model, tokenizer, **options):
+            asked.append(options)
+
+        def select(self, pool):
+            self.rows, self.scores = [0], torch.zeros(len(pool))
+
+    monkeypatch.setattr(choose, "P2DDataSelector", Selector)
+    chooser.rows(made, a_cell("mixed", data="affinity:proxy/fifth/robin@0.3"), 3)
+    chooser.rows(made, a_cell("mixed", data="gradient:gain"), 3)
+    chooser.rows(made, a_cell("mixed", data="affinity:all/first"), 3)
+    scores, _ = chooser.scores(made, a_cell("mixed"), "proxy", 3)
+    assert scores.method == "proxy"
+    assert [(of["scorer"], of["ratio"], of["seed"]) for of in asked] == [
+        ("affinity", 0.3, 3),
+        ("gradient", 0.1, 3),
+        ("affinity", 0.1, 3),
+    ]
+    assert [[type(policy) for policy in of["policies"]] for of in asked] == [[RoundRobin], [], []]
+    assert asked[0]["heads"] == scores.top(0.1, per_layer="even", first_layers=0.2)
+    assert max(asked[0]["heads"].layers) < 2
+    assert asked[1]["heads"] == chooser.scores(made, a_cell("mixed"), "gain", 3)[0].top(0.1, per_layer="even")
+    assert set(asked[2]["heads"]) == {head for head in ModelGeometry.of(model).heads if head.layer < 3}
+    assert [row["prompt"] for row in made.target] == asked[0]["target"]["prompt"]
+
+    trained = chooser.trained_heads(made, a_cell("mixed", parameters="heads:proxy/late@0.3"), 3)
+    assert trained == scores.top(0.3, per_layer="even", last_layers=0.67) != scores.top(0.3, per_layer="even")
+    assert chooser.trained_heads(made, a_cell("mixed", parameters="lora-all"), 3) is None
+
+
+def test_what_an_adapters_name_stands_for():
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    lora, every, shira, heads, without = (
+        adapt.adapter_config(name, None, 7) for name in ("lora-attention", "lora-all", "shira", "heads", "heads-qo")
+    )
+    assert (lora.r, lora.lora_alpha, lora.target_modules) == (16, 32, attention)
+    assert (every.r, every.lora_alpha, every.target_modules) == (16, 32, "all-linear")
+    assert (shira.r, shira.target_modules, shira.random_seed) == (16, attention, 7)
+    assert (heads.share_kv, without.share_kv) == (True, False)
 
 
 def test_a_part_of_a_profile(capsys):
@@ -645,6 +899,18 @@ def test_tasks_of_datasets(tmp_path, monkeypatch):
     assert {row["prompt"]: row["completion"] for row in made["gsm8k"]} == {
         f"{i} + 1?\nAnswer:": f" {i + 1}" for i in range(5)
     }
+
+
+def test_passages_are_judged_by_their_own_tokens():
+    """As many texts at a time as there are, whatever their lengths: padding does not count."""
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    texts = ["some words", "many more words than the others have, and then some", "a"]
+    alone = [base.judge_passages(model, [text], tokenizer, 64, nullcontext) for text in texts[:2]]
+    counts = [len(tokenizer(text).input_ids) - 1 for text in texts[:2]]
+    assert counts[0] < counts[1]
+    expected = sum(nll * count for nll, count in zip(alone, counts, strict=True)) / sum(counts)
+    found = [base.judge_passages(model, texts[:2], tokenizer, 64, nullcontext, batch_size=size) for size in (1, 2)]
+    assert found == pytest.approx([expected, expected], rel=1e-5)
 
 
 def test_options():

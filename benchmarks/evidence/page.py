@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from pathlib import Path
 
 from localize import CHOICES
+from localize_report import FEW_PAIRS, LEAST_PAIRS
 
 from p2d_peft import P2DConfig
 from p2d_peft.files import read_json
@@ -13,10 +15,10 @@ from p2d_peft.heads import HeadScores
 
 from . import bigbench, claims
 from .choose import HEADS
-from .claims import EPOCHS, HELD, NOT_HELD, P2D, judge
+from .claims import ALL_TARGETS, EPOCHS, HELD, NOT_HELD, P2D, coupling, judge, variants
 from .defaults import TRIED, measured
-from .profile import Profile
-from .summary import Evidence, Line
+from .profile import Parameters, Profile
+from .summary import Evidence, Line, Result
 
 
 PICTURES = {
@@ -31,9 +33,12 @@ SETTINGS_TEXT = {
     "corrupted": "The mixed pool with wrong answers in three rows of ten",
     "absent": "The mixed pool without the target's task",
 }
-FULL = Path(__file__).parent / "profiles" / "full.yaml"
-# the folder of the results that stand on the main page
-MAIN = "evidence"
+PROFILES = Path(__file__).parent / "profiles"
+FULL = PROFILES / "full.yaml"
+# what published arms' commands name that is in no commit: excerpts of full.yaml
+GONE = ("claims.yaml", "claims2.yaml", "claims3.yaml", "fifth.yaml", "late.yaml", "qo.yaml")
+# where our results are, and the folder of those that stand on the main page
+RESULTS, MAIN = Path(__file__).parent.parent / "results", "evidence"
 README_START, README_END = "<!-- results: made by benchmarks/run_evidence.py report -->", "<!-- end of results -->"
 
 
@@ -43,7 +48,7 @@ def page(evidence: Evidence, results: Path, pictures: list[str]) -> str:
     parts = [
         _title(evidence, results),
         "How good P2D is on a small model, against what one would pick instead. Written by `python "
-        f"benchmarks/run_evidence.py report` from the files in `benchmarks/results/{results.name}`, one for each training; {evidence.arms} so far. {_to_rerun(evidence, results)}",
+        f"benchmarks/run_evidence.py report` from the files in `{_folder(results)}`, one for each training; {evidence.arms} so far. {_to_rerun(evidence, results)}",
         "Rows are named by what chooses them: `SCORER:HEADS`, `/fifth` or `/first` where only heads of the first fifth or third "
         "of the layers score, `/robin` where the target's samples take turns. Weights are named by what is trained: "
         f"`heads:METHOD`, `/late` or `/last` for heads of the last two thirds or the last third, `heads-qo` without keys and values; `{P2D[0]}` with `{P2D[1]}` is what `P2DTrainer` does by default. `@` is a share other "
@@ -53,16 +58,23 @@ def page(evidence: Evidence, results: Path, pictures: list[str]) -> str:
         f"{problem['test_rows']} other held-out rows. Batches of {training['batch_size']}, {training['dtype']}. Exact match is "
         "that of greedy answers. AER is the cost of all stages over that of full fine-tuning on the whole pool for as "
         "many epochs, both measured; on a CPU it is counted in the process's own seconds, so that what else a machine does is "
-        f"not in it. {_untimed(evidence)}Forgetting is the rise of the NLL of unrelated passages over the base model's. Intervals are 95 % of "
-        "paired bootstraps: over test rows for exact match, over pairs of target and seed for NLL. Peak memory on a CPU is "
-        "that of the whole process, with what its earlier arms left in it.",
+        f"not in it. {_untimed(evidence)}Forgetting is the rise of the NLL of unrelated passages over the base model's. "
+        "Peak memory on a CPU is that of the whole process, with what its earlier arms left in it.",
+        "Intervals are 95 % of paired bootstraps. For exact match the seeds and the test rows of each target are resampled, the same "
+        "for both sides; three seeds are few, so that these are rather too narrow. With one seed it is the rows alone, and what "
+        "differs between trainings is not in it. For NLL pairs of target and "
+        f"seed are resampled. {FEW_PAIRS} Of fewer than {LEAST_PAIRS} pairs the smallest and the largest are given (`pairs:`), which "
+        "is no interval. The targets are fixed: nothing is said about other tasks.",
         "**Not run:** any model but this one, and the paper's own models and data, for which there are profiles "
         "(`paper_llama.yaml` and `paper_qwen.yaml` in `benchmarks/evidence/profiles`). What a run costs on a GPU, with random "
         "weights, is in [Benchmarks](benchmarks.md#what-does-a-run-cost-on-a-gpu)."
         + " What else there is to compare is [at the end](#what-was-not-run)."
         * _is_bigbench(evidence),
         "## The claims",
+        _chosen_late(evidence),
+        f"While results of some of the {ALL_TARGETS} targets are missing that could change its verdict, a claim is not decided.",
         _claims(evidence),
+        _variants(evidence),
         *(_picture(address) for address in pictures),
         _overlap(evidence, results),
         "## The defaults",
@@ -79,9 +91,11 @@ def page(evidence: Evidence, results: Path, pictures: list[str]) -> str:
         "## The learning rates that were tried",
         "With the first seed. The tables above have the rate with the lowest NLL on the validation rows, which are few; a "
         "rate that is hardly better there may forget a lot more.",
+        _edges(evidence),
         _rates(evidence),
         "## Where it was run",
         _provenance(evidence),
+        _gone_profiles(evidence),
     ]
     if _is_bigbench(evidence):
         parts += [
@@ -91,6 +105,11 @@ def page(evidence: Evidence, results: Path, pictures: list[str]) -> str:
             _not_run(evidence) or "None.",
         ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _folder(results: Path) -> str:
+    ours = results.resolve().parent == RESULTS.resolve()
+    return f"benchmarks/results/{results.name}" if ours else results.name
 
 
 def _is_bigbench(evidence: Evidence) -> bool:
@@ -118,7 +137,7 @@ def _title(evidence: Evidence, results: Path) -> str:
 
 def _to_rerun(evidence: Evidence, results: Path) -> str:
     if results.name == MAIN:
-        return "To rerun the small profile, from a clean clone:\n\n```bash\nbash scripts/evidence.sh\n```"
+        return "To rerun the small profile, from a clean clone, into the folder `rerun`:\n\n```bash\nbash scripts/evidence.sh\n```"
     commands = "\n".join(evidence.commands)
     return f"They are of:\n\n```bash\n{commands}\n```"
 
@@ -160,6 +179,55 @@ def _claims(evidence: Evidence) -> str:
         verdict = {HELD: "**held**", NOT_HELD: "**not held**"}.get(claim.verdict, claim.verdict)
         rows.append([str(number), claim.text, verdict, "<br>".join(claim.figures)])
     return _markdown(["", "claim", "", "figures"], rows)
+
+
+def _chosen_late(evidence: Evidence) -> str:
+    """What the claims' verdicts are worth, where they were made on the rows that the defaults were chosen by."""
+    if not _is_bigbench(evidence):
+        return ""
+    return (
+        "The claims and their bounds were set before the arms were run. The defaults that they are judged by were not: they were "
+        "changed three times, each time after earlier ones had been looked at on these targets' test rows. So what holds here "
+        "was chosen among several by the rows that it is judged on, and no other task confirms it."
+    )
+
+
+def _variants(evidence: Evidence) -> str:
+    """Claims 4 and 5 for the defaults and what they were chosen among."""
+    judged = variants(evidence)
+    there = [variant for variant in judged if variant.exact_match]
+    if len(there) < 2:  # with nothing to compare it with, it is in the claims' table
+        return ""
+    gone = [variant.side for variant in judged if not variant.exact_match]
+    rows = [
+        [
+            f"`{variant.side[0]}`",
+            f"`{variant.side[1]}`",
+            claims.points(variant.exact_match),
+            "" if variant.aer is None else f"{variant.aer:.3f}",
+            variant.whole,
+            variant.forgetting,
+        ]
+        for variant in there
+        if variant.exact_match
+    ]
+    header = [
+        "rows chosen by",
+        "weights trained",
+        "exact match, minus full fine-tuning's",
+        "AER",
+        "claim 4",
+        "claim 5",
+    ]
+    both = sum(variant.whole == variant.forgetting == HELD for variant in there)
+    text = (
+        "What the defaults were chosen among, the first line being what they are. Each is compared with LoRA on its own rows. Claim 4 "
+        f"holds for {sum(variant.whole == HELD for variant in there)} of these {len(there)}, claim 5 for "
+        f"{sum(variant.forgetting == HELD for variant in there)}, and both for {both or 'none'}."
+    )
+    if gone:
+        text += f" No arms are in the folder of {', '.join(f'`{data}` with `{weights}`' for data, weights in gone)}."
+    return f"{text}\n\n{_markdown(header, rows)}"
 
 
 def _defaults(evidence: Evidence) -> str:
@@ -234,6 +302,46 @@ def _table(evidence: Evidence, lines: list[Line]) -> str:
     return _markdown([header[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 
+def _edges(evidence: Evidence) -> str:
+    """How often the best rate is the lowest or the highest that was tried, by the kind of what is trained."""
+    tried: dict[tuple[str, ...], set[float]] = {}
+    for arm in evidence.tried:
+        tried.setdefault(_cell_of(arm), set()).add(arm["lr"])
+    best = {_cell_of(result): line.lr for line in evidence.lines.values() for result in line.results.values()}
+    found: dict[str, Counter[str]] = {}
+    for cell, rates in tried.items():
+        if len(rates) > 1:
+            where = {min(rates): "the lowest", max(rates): "the highest"}.get(best[cell], "between")
+            found.setdefault(Parameters.read(cell[3]).adapter, Counter())[where] += 1
+    if not found:
+        return ""
+    said = [
+        f"`{adapter}` in {sum(counts.values()) - counts['between']} of {sum(counts.values())} cells (the lowest in "
+        f"{counts['the lowest']}, the highest in {counts['the highest']})"
+        for adapter, counts in sorted(found.items())
+    ]
+    text = (
+        f"The best rate is at an edge of those that were tried, where a rate beyond may be better still, for {', for '.join(said)}. "
+        "Where two rates were tried it can't be elsewhere."
+    )
+    differing = [
+        f"`{target}` ({ours:g}, and {theirs:g} for `{comparison.theirs[0]}`)"
+        for comparison in coupling(evidence)
+        for target, (ours, theirs) in comparison.rates.items()
+        if ours != theirs
+    ]
+    if differing:
+        text += (
+            " The rate is chosen for each cell, so two sides of a comparison may differ in it, too. Claim 3's do for "
+            f"{', '.join(differing)}: there the difference may be the rate's."
+        )
+    return text
+
+
+def _cell_of(arm: Result) -> tuple[str, ...]:
+    return tuple(str(arm[name]) for name in ("setting", "target", "data", "parameters", "epochs"))
+
+
 def _rates(evidence: Evidence) -> str:
     rows = []
     names = ("setting", "target", "data", "parameters", "epochs", "lr")
@@ -298,6 +406,23 @@ def _provenance(evidence: Evidence) -> str:
         f"- {_machine(where['machine'])}; threads a process: {where['threads']}; "
         + ", ".join(f"{name} {version}" for name, version in where["versions"].items())
         for where in evidence.provenance
+    )
+
+
+def _gone_profiles(evidence: Evidence) -> str:
+    """What the arms' commands name that is not there any more, and what to call in its place."""
+    gone = [f"`{name}`" for name in GONE if any(f" run {name} " in called for called in evidence.commands)]
+    if not gone:
+        return ""
+    there = {str(cell) for cell in Profile.read(FULL).cells()}
+    run = {f"{' '.join(_cell_of(arm))} epochs" for line in evidence.lines.values() for arm in line.results.values()}
+    others = ", ".join(f"`{name}`" for name in sorted(run - there))
+    return (
+        f"Each arm's file has its command. {', '.join(gone)} in these were excerpts of the cells that `full.yaml` had at the time, and "
+        "are gone; and what stands behind `--only` was then cut at each `/`. The same cell is run today by its name, which is made "
+        f"of what the file says{f' (but for {others}, which is in no profile any more)' * bool(others)}:\n\n```bash\n"
+        "python benchmarks/run_evidence.py run benchmarks/evidence/profiles/full.yaml --output rerun "
+        f"--only 'mixed qasc {P2D[0]} {P2D[1]} {EPOCHS} epochs'\n```"
     )
 
 

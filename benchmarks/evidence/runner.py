@@ -45,7 +45,7 @@ class Runner:
         jobs (`int`): Processes that are at work at the same time, this one among them.
 
     Raises:
-        `ValueError`: if `folder` holds results of other sizes, another model or another training.
+        `SystemExit`: if `folder` holds results of other sizes, another model or another training.
     """
 
     def __init__(
@@ -74,8 +74,10 @@ class Runner:
         }
         path = self.folder / SETTINGS
         if path.exists() and (there := read_json(path)) != settings:
-            changed = {name: (there.get(name), new) for name, new in settings.items() if there.get(name) != new}
-            raise ValueError(f"'{self.folder}' holds results with other settings (there, here): {changed}")
+            raise SystemExit(
+                f"'{self.folder}' holds results with other settings ({_differing(there, settings)}). Name another --output (for "
+                "scripts/evidence.sh another RESULTS)."
+            )
         write_json(path, settings)
 
     def _load(self) -> nn.Module:
@@ -228,3 +230,15 @@ class Runner:
             "machine": machine(),
             "versions": versions(),
         }
+
+
+def _differing(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """In a line, which of the settings differ, those of a group one by one."""
+    found = []
+    for name in sorted({*there, *here}):
+        old, new = there.get(name), here.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += [_differing(old, new)] * (old != new)
+        elif old != new:
+            found.append(f"{name}: {old} there, {new} here")
+    return "; ".join(found)

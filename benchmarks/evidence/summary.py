@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from localize_report import RESAMPLES, bootstrap, distinct
+from localize_report import RESAMPLES, distinct, interval, paired
+from torch.nn import functional
 
 from p2d_peft.files import read_json
 
@@ -177,10 +178,11 @@ class Comparison:
     Args:
         ours (`tuple[str, str]`), theirs (`tuple[str, str]`): Data and parameters of the sides.
         exact_match (`dict`): Of the difference, ours minus theirs, `mean`, and `low` and `high` of the 95 % interval. What
-            is resampled are test rows, each with the mean of its differences over the seeds.
-        nll (`dict`): The same; what is resampled are pairs of target and seed. Lower is better.
+            is resampled within each target are its seeds and its test rows, which both sides have in common.
+        nll (`dict`): The same over pairs of target and seed, see [`localize_report.paired`]. Lower is better.
         of_targets (`dict[str, dict]`): `exact_match` for each target alone.
         pairs (`int`): Pairs of target and seed.
+        rates (`dict[str, tuple[float, float]]`): For each target the learning rates of the sides.
     """
 
     ours: tuple[str, str]
@@ -189,13 +191,15 @@ class Comparison:
     nll: Result
     of_targets: dict[str, Result]
     pairs: int
+    rates: dict[str, tuple[float, float]]
 
 
 def compare(
     evidence: Evidence, ours: tuple[str, str], theirs: tuple[str, str], setting: str = "mixed", epochs: int = 3
 ) -> Comparison | None:
     """Compare two sides in a setting; None where there is no target and seed that both have."""
-    rows: dict[str, list[float]] = {}
+    rows: dict[str, torch.Tensor] = {}
+    rates: dict[str, tuple[float, float]] = {}
     nll: list[float] = []
     for target in evidence.targets:
         a, b = (evidence.lines.get((setting, target, *side, epochs)) for side in (ours, theirs))
@@ -206,16 +210,19 @@ def compare(
             continue
         nll += [a.tests[seed]["nll"] - b.tests[seed]["nll"] for seed in seeds]
         of_seeds = [_differences(a.tests[seed]["right"], b.tests[seed]["right"]) for seed in seeds]
-        rows[target] = torch.tensor(of_seeds, dtype=torch.float64).mean(dim=0).tolist()
+        rows[target] = torch.tensor(of_seeds, dtype=torch.float64)
+        rates[target] = a.lr, b.lr
     if not nll:
         return None
+    exact_match, of_targets = _bootstrap_within(rows.values())
     return Comparison(
         ours,
         theirs,
-        exact_match=_bootstrap_within(rows.values()),
-        nll=bootstrap(nll),
-        of_targets={target: _bootstrap_within([values]) for target, values in rows.items()},
+        exact_match=exact_match,
+        nll=paired(nll),
+        of_targets=dict(zip(rows, of_targets, strict=True)),
         pairs=len(nll),
+        rates=rates,
     )
 
 
@@ -223,15 +230,24 @@ def _differences(ours: str, theirs: str) -> list[int]:
     return [int(a) - int(b) for a, b in zip(ours, theirs, strict=True)]
 
 
-def _bootstrap_within(groups: Iterable[list[float]]) -> Result:
-    """Mean over groups of their means, with the 95 % interval of a bootstrap that resamples within each group."""
+def _bootstrap_within(groups: Iterable[torch.Tensor]) -> tuple[Result, list[Result]]:
+    """
+    Mean over targets of their means, with the 95 % interval of a bootstrap that resamples the seeds and the test rows of each
+    target, whose differences are a row for each seed; and the same of each target alone. The targets are these: nothing is said
+    about others.
+    """
     generator = torch.Generator().manual_seed(0)
     means, resampled = [], []
     for group in groups:
-        values = torch.tensor(group, dtype=torch.float64)
-        means.append(values.mean())
-        drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
-        resampled.append(values[drawn].mean(dim=1))
-    quantiles = torch.stack(resampled).mean(dim=0).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-    low, high = quantiles.tolist()
-    return {"mean": float(torch.stack(means).mean()), "low": low, "high": high}
+        means.append(group.mean())
+        seeds, rows = (torch.randint(size, (RESAMPLES, size), generator=generator) for size in group.shape)
+        # the mean over drawn seeds of each row is made first: all drawn seeds by all drawn rows are many numbers
+        weights = functional.one_hot(seeds, len(group)).double().mean(dim=1)
+        resampled.append((weights @ group).gather(1, rows).mean(dim=1))
+    over_all = _with_interval(torch.stack(means).mean(), torch.stack(resampled).mean(dim=0))
+    return over_all, [_with_interval(*of_target) for of_target in zip(means, resampled, strict=True)]
+
+
+def _with_interval(mean: torch.Tensor, resampled: torch.Tensor) -> Result:
+    low, high = interval(resampled)
+    return {"mean": float(mean), "low": low, "high": high}
