@@ -21,8 +21,8 @@ HOW_TO_DESCRIBE = (
 )
 _NOT_DESCRIBABLE = "No layout can describe that; LoRA trains such a model"
 # State-space and linear-attention layers of hybrids have no softmax over positions, so what they call heads are no
-# attention heads; most have other projections as well.
-_NOT_SOFTMAX = re.compile(r"((Delta|(?<!Kimi)Linear|Lightning)Attention|GatedDeltaNet)$")  # Kimi Linear's own name is in its softmax one
+# attention heads; most have other projections as well. "KimiLinearAttention" is the softmax attention of Kimi Linear.
+_NOT_SOFTMAX = re.compile(r"((Delta|(?<!Kimi)Linear|Lightning)Attention|GatedDeltaNet)$")
 _CROSS_ATTENTION = {"encoder_attn", "EncDecAttention", "crossattention", "cross_attn", "cross_attention"}
 
 
