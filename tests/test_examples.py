@@ -71,7 +71,7 @@ def test_own_heads(run, folder):
     trainer, _ = run("own_heads.py")
     assert trainer.heads == HeadSet([(1, 0), (2, 0)])
     assert {"q_proj", "o_proj"} == {
-        name.split(".")[-3] for name, p in trainer.model.named_parameters() if p.requires_grad
+        name.split(".")[-4] for name, p in trainer.model.named_parameters() if p.requires_grad
     }
     HeadSet([(0, 1)]).save(folder / "heads.json")
     assert run("own_heads.py", "--heads", "heads.json")[0].heads == HeadSet([(0, 1)])
