@@ -16,9 +16,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import is_compiled_module
 from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -225,10 +226,15 @@ def _report(loras: list[_ModuleLora]) -> LoraReport:
     )
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _unwrapped(model: Any) -> nn.Module:
     """A model without what compiles it or spreads it over devices, in whichever order."""
-    inner = extract_model_from_parallel(model, keep_torch_compile=False)
-    return model if inner is model else _unwrapped(inner)
+    # not accelerate's `extract_model_from_parallel`: up to 1.10 at least it fails where modules within are compiled
+    if is_compiled_module(model):
+        return _unwrapped(model._orig_mod)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return _unwrapped(model.module)
+    unwrapped: nn.Module = model
+    return unwrapped
 
 
 def _find_adapter(peft_model: nn.Module, adapter_name: str) -> tuple[nn.Module, HeadSparseConfig]:

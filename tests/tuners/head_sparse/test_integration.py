@@ -61,23 +61,13 @@ def test_compiles_into_one_graph(r):
         torch.testing.assert_close(compiled_gradients["_orig_mod." + name], gradient, atol=1e-6, rtol=1e-4)
 
 
-class JustLogits(torch.nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids):
-        return self.model(input_ids).logits
-
-
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of transformers' masks
 def test_traces_and_saves(tmp_path):
-    model = attach(tiny_model(use_cache=False))
-    ids = random_batch()["input_ids"]
-    with torch.no_grad():
-        torch.jit.trace(JustLogits(model.get_base_model()), (ids,), check_trace=False).save(tmp_path / "traced.pt")
-        traced = torch.jit.load(tmp_path / "traced.pt")(ids)
-    torch.testing.assert_close(traced, logits(model, input_ids=ids))
+    # the layers alone: not every version of transformers has models that can be traced
+    for number, layer in enumerate(layers_of(attach(tiny_model()))):
+        x = torch.randn(2, 3, layer.in_features)
+        with torch.no_grad():
+            torch.jit.trace(layer, (x,)).save(tmp_path / f"{number}.pt")
+            assert torch.equal(torch.jit.load(tmp_path / f"{number}.pt")(x), layer(x))
 
 
 @needs_own_adapter_methods
