@@ -67,6 +67,11 @@ def scores_per_target(scorer: ScorerName) -> bool:
     return _SCORERS[scorer].per_target
 
 
+def share_of_rows(ratio: float, n_rows: int) -> int:
+    """How many of so many rows a ratio keeps: at least one."""
+    return max(1, round(ratio * n_rows))
+
+
 class P2DDataSelector:
     """
     Scores the rows of a pool and keeps the best of them (P2D section 3.2.2).
@@ -370,7 +375,7 @@ class P2DDataSelector:
     def _count(self, n_rows: int) -> int:
         if self.num_samples is None:
             assert self.ratio is not None
-            return max(1, round(self.ratio * n_rows))
+            return share_of_rows(self.ratio, n_rows)
         if self.num_samples > n_rows:
             raise ValueError(f"`num_samples`={self.num_samples} is more than the {n_rows} rows of the pool.")
         return self.num_samples

@@ -22,7 +22,7 @@ from ..selection import P2DDataSelector
 from ..selection.policies import RoundRobin
 from ..selection.pool import dataset_of
 from ..selection.progress import quiet_datasets
-from ..selection.selector import needs_heads, scores_per_target
+from ..selection.selector import needs_heads, scores_per_target, share_of_rows
 from .added_tokens import vocabulary
 from .arguments import changed
 from .checks import check_batches_are_left
@@ -83,7 +83,7 @@ def choose(trainer: P2DTrainer) -> P2DState:
     n_rows = len(pool) if isinstance(pool, Dataset) else None
     check_reference(trainer, n_rows)
     if n_rows is not None and trainer._given_selector is None and not args.packing:
-        check_batches_are_left(args, max(1, round(args.data_ratio * n_rows)))  # as many as will be selected
+        check_batches_are_left(args, share_of_rows(args.data_ratio, n_rows))
     check_datasets(trainer, pool)
     heads = scored_by = trainer.heads
     method = None
