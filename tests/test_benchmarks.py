@@ -457,6 +457,21 @@ def test_how_often_an_interval_holds_the_truth(sizes, coverage, monkeypatch):
     assert held / 10 == pytest.approx(coverage, abs=3)
 
 
+def test_a_rented_processor_is_known_by_its_numbers(tmp_path, monkeypatch):
+    """Two kinds go by one name, of which one is half as fast again: seconds are compared within a kind."""
+    cpuinfo = tmp_path / "cpuinfo"
+    monkeypatch.setattr(environment, "Path", lambda _: cpuinfo)
+    monkeypatch.setattr(environment.platform, "processor", lambda: "a processor")
+    assert environment.machine()["cpu"] == "a processor"
+    of_each = "processor\t: {}\ncpu family\t: 25\nmodel\t\t: {}\nmodel name\t: AMD EPYC\nflags\t\t: fpu: vme\n\n"
+    cpuinfo.write_text("".join(of_each.format(number, 17) for number in range(2)))
+    assert environment.machine()["cpu"] == "AMD EPYC (family 25, model 17)"
+    cpuinfo.write_text("Features\t: fp asimd\n")  # as on Arm, whose processors have no name there
+    assert environment.machine()["cpu"] == "a processor"
+    cpuinfo.write_text("model name\t: A CPU\n")
+    assert environment.machine()["cpu"] == "A CPU"
+
+
 def test_command_names_no_folder():
     arguments = ["--model", "/a/b/model", "--train=/a/c.jsonl", "--output", "d/out", "--lr", "0.002"]
     assert environment.command("x.py", arguments) == (

@@ -351,7 +351,7 @@ def evidence_of(sides, memory_kind="process", processes=1, targets="abcd"):
             stage = {"cpu": seconds, "wall": 0.0} if memory_kind == "process" else {"cpu": 0.0, "wall": seconds}
             nothing = {"cpu": 0.0, "wall": 0.0}
             arm = {"seconds": {"localize": nothing, "select": nothing, "train": stage}, "passages_nll": nll}
-            arm |= {"memory_kind": memory_kind, "processes_per_device": processes}
+            arm |= {"memory_kind": memory_kind, "processes_per_device": processes, "machine": {"cpu": "one"}}
             key = ("mixed", target, data, parameters, 3)
             arm |= dict(zip(("setting", "target", "data", "parameters", "epochs"), key, strict=True))
             lines[key] = summary.Line(*key, 1e-3, {0: arm, 1: arm}, {0: test, 1: test})
@@ -469,6 +469,87 @@ def test_seconds_of_processes_that_share_a_gpu_are_left_out():
     assert plots._stages(shared) is None and plots._aer(shared) is None and plots._stages(alone) is not None
 
 
+def run_on(evidence, machine, side, *seeds):
+    """With what a side's arms were run on replaced, for all targets."""
+    for target in evidence.targets:
+        line = evidence.lines["mixed", target, *side, 3]
+        results = {seed: {**arm, "machine": machine} if seed in seeds else arm for seed, arm in line.results.items()}
+        evidence.lines["mixed", target, *side, 3] = dataclasses.replace(line, results=results)
+    return evidence
+
+
+def tried_of(evidence, found):
+    """With an arm for each side, target and rate, of a passages' NLL and an exact match."""
+    arms = [
+        {
+            **evidence.lines[("mixed", target, *side, 3)].results[0],
+            "lr": lr,
+            "passages_nll": forgotten,
+            "test": {target: {"exact_match": exact_match, "nll": 1.0}},
+        }
+        for (side, target, lr), (forgotten, exact_match) in found.items()
+    ]
+    return dataclasses.replace(evidence, tried=arms)
+
+
+def test_forgetting_at_one_rate_stands_beside_that_at_the_chosen_ones():
+    """The rates are chosen by the target's rows: where one side's is higher, what is forgotten says little of the sides."""
+    found = {(side, target, 1e-3): (1.5, 0.5) for side in (claims.P2D, claims.LORA) for target in "ab"}
+    found |= {(claims.P2D, "a", 3e-3): (2.0, 0.75), (claims.P2D, "b", 3e-3): (2.5, 0.25)}
+    found |= {(claims.LORA, "a", 3e-3): (2.25, 0.25), (claims.LORA, "a", 1e-2): (9.0, 0.0)}
+    claim = claims.judge(tried_of(evidence_of(SIDES), found))[4]
+    assert claim.verdict == claims.judge(evidence_of(SIDES))[4].verdict
+    assert claim.figures[1:] == [
+        "both at a learning rate of 0.001, one seed: NLL of unrelated passages +0.000 (pairs: +0.000 to +0.000) nats a token "
+        "against LoRA, +0.0 points exact match, 2 pairs",
+        "both at a learning rate of 0.003, one seed: NLL of unrelated passages -0.250 nats a token against LoRA, +50.0 points "
+        "exact match, 1 pairs",
+    ]
+
+
+def test_means_by_rate_are_of_the_same_cells():
+    found = {
+        (claims.P2D, "a", 1e-3): (1.5, 0.5),
+        (claims.P2D, "a", 3e-3): (2.0, 0.75),
+        (claims.P2D, "b", 1e-3): (9.0, 0.0),
+    }
+    found |= {(claims.LORA, "a", 1e-3): (1.0, 0.5)}
+    text = page._means_by_rate(tried_of(evidence_of(SIDES), found))
+    assert "| `heads` | 0.001 | 50.0 | 1.000 | +0.500 | 1 |\n| `heads` | 0.003 | 75.0 | 1.000 | +1.000 | 1 |" in text
+    assert "9.0" not in text and "lora" not in text  # not of all rates; and of one rate
+    assert page._means_by_rate(evidence_of(SIDES)) == ""
+
+
+def test_seconds_of_two_machines_are_not_compared():
+    other = {"cpu": "two"}
+    key = ("mixed", "a", *claims.P2D, 3)
+    # the reference alone on the other machine, or one of two seeds: of both no AER can be made
+    for side, seeds in ((("full", "full"), (0, 1)), (claims.P2D, (1,))):
+        evidence = run_on(evidence_of(SIDES), other, side, *seeds)
+        assert evidence.aer(evidence.lines[key]) is None and not evidence.timed(evidence.lines[key])
+        whole = claims.judge(evidence)[3]
+        assert whole.verdict == claims.UNDECIDED and not any("AER" in figure for figure in whole.figures)
+        assert page._untimed(evidence).endswith(
+            "left out, arms and what they are measured by were run on several machines. "
+        )
+    # LoRA there: an AER, but no accuracy per second beside LoRA's
+    evidence = run_on(evidence_of(SIDES), other, claims.LORA, 0, 1)
+    assert evidence.aer(evidence.lines[key]) == pytest.approx(0.08)
+    assert claims.judge(evidence)[3].verdict == claims.UNDECIDED
+    # all there: as if nothing had been
+    evidence = evidence_of(SIDES)
+    for side in SIDES:
+        run_on(evidence, other, side, 0, 1)
+    assert claims.judge(evidence)[3].verdict == claims.HELD and page._untimed(evidence) == ""
+    # a default beside what stands in its place
+    evidence = run_on(evidence_of(SIDES), other, (claims.P2D[0], "heads:random/late"), 0, 1)
+    seconds = {a.instead: seconds for a, _, seconds in defaults.measured(evidence)}
+    assert seconds["random heads"] is None and seconds["random rows"] == 1.0
+    # of one target: a mean over the others would be no mean over all
+    table = page.readme_table(evidence)
+    assert "| `affinity:proxy/fifth/robin` | `heads:random/late` | 50.0 | 1.500 |  |" in table
+
+
 def test_defaults_stand_against_what_was_run_in_their_place():
     found = {
         (a.field, a.instead): (comparison, seconds) for a, comparison, seconds in defaults.measured(evidence_of(SIDES))
@@ -520,7 +601,9 @@ def test_the_report(results, tmp_path):
         run_evidence.report(folder, tmp_path / "docs" / "results.md", readme)
 
 
-@pytest.mark.parametrize(("folder", "name"), [("evidence", "results"), ("evidence_gsm8k", "gsm8k")])
+@pytest.mark.parametrize(
+    ("folder", "name"), [("evidence", "results"), ("evidence_gsm8k", "gsm8k"), ("evidence_other_tasks", "other-tasks")]
+)
 def test_what_is_published_is_what_the_results_say(folder, name):
     """These pages and the README's table are made by `run_evidence.py report`, and not by hand."""
     results = run_evidence.RESULTS.with_name(folder)
@@ -557,7 +640,7 @@ def test_the_published_arms_commands_can_be_followed():
     """But for those of the time when cells' names were cut, of which the page tells: no other may come."""
     commands = [
         command
-        for folder in ("evidence", "evidence_gsm8k")
+        for folder in ("evidence", "evidence_gsm8k", "evidence_other_tasks")
         for command in summary.read_evidence(run_evidence.RESULTS.with_name(folder)).commands
     ]
     gone, cut = set(), 0
@@ -730,7 +813,7 @@ def test_our_profiles_are_valid(path, capsys):
     run_evidence.main(["check", str(path)])
     assert "arms" in capsys.readouterr().out
     read = profile.Profile.read(path)
-    names = set(read.tasks or bigbench.TASKS)
+    names = set(bigbench.POOLS[read.tasks][0] if isinstance(read.tasks, str) else read.tasks)
     assert set(read.targets()) <= names
     for cell in read.cells():  # each can be made
         config = adapt.adapter_config(cell.parameters.adapter, None, 0)
@@ -878,13 +961,77 @@ def test_rows_of_bigbench():
     assert row["completion"] == " two" and sorted(row["options"]) == ["one", "three", "two"]
     assert row["prompt"].startswith("Sentiment of this review sentence?\nWhich?\nOptions: ")
     assert bigbench.TASKS["hyperbaton"][1]({**choice, "target_scores": {"one": 1, "two": 1}}, draw) is None
-    free = bigbench.TASKS["qasc"][1]({"input": "Fact: a.", "target": ["an answer"]}, draw)
-    assert free == {
-        "task": "",
-        "prompt": "Answer from the fact.\nFact: a.\nAnswer:",
-        "completion": " an answer",
-        "options": [],
-    }
+    for target in (["an answer", "another"], "an answer"):
+        free = bigbench.TASKS["qasc"][1]({"input": "Fact: a.", "target": target}, draw)
+        assert free == {
+            "task": "",
+            "prompt": "Answer from the fact.\nFact: a.\nAnswer:",
+            "completion": " an answer",
+            "options": [],
+        }
+
+
+def test_the_tasks_of_the_second_look_are_others(tmp_path, monkeypatch):
+    pools = [set(tasks) for tasks, _ in bigbench.POOLS.values()]
+    folders = [{folder for folder, _ in tasks.values()} for tasks, _ in bigbench.POOLS.values()]
+    assert [len(pool) for pool in pools] == [8, 8]
+    assert not pools[0] & pools[1] and not folders[0] & folders[1]
+    # each has its own file in the cache
+    for number, name in enumerate(bigbench.POOLS, 1):
+        (tmp_path / f"bigbench-evidence-{number}.json").write_text(json.dumps({name: []}))
+        assert bigbench.fetch(name, tmp_path) == {name: []}
+    monkeypatch.setattr(bigbench, "fetch", lambda pool: {pool: []})
+    read = profile.Profile.read(page.CONFIRM)
+    assert tasks.load_tasks(read, {}) == {"bigbench-2": []}
+    # as many targets as the claims speak of, and in each claim's cells all seeds
+    assert len(read.targets()) == claims.ALL_TARGETS and set(read.targets()) <= pools[1]
+    assert {tuple(seeds) for seeds in read.cells().values()} == {(0, 1, 2, 3, 4)}
+    path = write_profile(tmp_path, tasks="bigbench-3")
+    with pytest.raises(ValueError, match=r"`tasks` 'bigbench-3' is not one of \['bigbench', 'bigbench-2'\]"):
+        profile.Profile.read(path)
+
+
+def test_a_page_says_what_its_verdicts_are_worth(tmp_path, monkeypatch):
+    first, second, neither = (
+        evidence_of(SIDES, targets=targets)
+        for targets in (("qasc", "sentiment"), ("plural", "past_tense"), ("qasc", "plural"))
+    )
+    assert page._planned(first) == page.FULL and "changed three times" in page._chosen_by(first)
+    assert page._planned(second) == page.CONFIRM and "`confirm.yaml`" in page._chosen_by(second)
+    assert page._planned(neither) is None and page._chosen_by(neither) == ""
+    # on the main page the verdicts of the other tasks stand beside its own
+    other = {**SIDES, ("full", "full"): (35, 100.0, 1.0)}
+    monkeypatch.setattr(page, "read_evidence", lambda folder: evidence_of(other))
+    (tmp_path / page.OTHERS).mkdir()
+    table = page._claims(evidence_of(SIDES), tmp_path / page.MAIN)
+    assert "| 4 | The whole" in table and "per second. | **held** | **not held** |" in table
+    assert "other tasks" not in page._claims(evidence_of(SIDES), tmp_path / "evidence_gsm8k")
+
+
+def test_the_seeds_that_are_missing_are_counted(tmp_path):
+    path = write_profile(
+        tmp_path,
+        seeds=[0, 1, 2],
+        arms=[
+            {
+                "settings": ["mixed"],
+                "targets": ["a", "b"],
+                "data": [claims.P2D[0]],
+                "parameters": [claims.P2D[1]],
+                "epochs": [3],
+            },
+            {
+                "settings": ["mixed"],
+                "targets": ["a"],
+                "data": ["bm25/robin"],
+                "parameters": [claims.P2D[1]],
+                "epochs": [3],
+            },
+        ],
+    )
+    text = page._seeds_not_run(evidence_of(SIDES), path)  # which has seeds 0 and 1, and nothing of bm25
+    assert text == "Of the 2 cells and targets that have arms, these seeds are missing: seed 2 in 2."
+    assert page._not_run(evidence_of(SIDES), path) == f"- mixed, `{claims.P2D[1]}`: `bm25/robin`"
 
 
 def test_tasks_of_datasets(tmp_path, monkeypatch):

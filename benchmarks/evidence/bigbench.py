@@ -1,5 +1,5 @@
 """
-The rows of the comparison: eight tasks of BIG-bench, and passages that have nothing to do with them.
+The rows of the comparison: twice eight tasks of BIG-bench, and passages that have nothing to do with them.
 
 They are read from the source distribution of `bigbench` 1.0.0 on PyPI (Apache-2.0, 358 MB), of which nothing is installed
 or run. BIG-bench asks that its rows be kept out of training corpora: they go into a cache and never into this repository.
@@ -47,7 +47,8 @@ def _choices(question: str, example: Row, order: random.Random) -> Row | None:
 
 
 def _free(question: str, example: Row, order: random.Random) -> Row | None:
-    return {**as_row("", question, example["target"][0]), "options": []}
+    target = example["target"]
+    return {**as_row("", question, target if isinstance(target, str) else target[0]), "options": []}
 
 
 def _of_choices(before: str = "") -> Callable[[Row, random.Random], Row | None]:
@@ -59,7 +60,8 @@ def _of_text(before: str) -> Callable[[Row, random.Random], Row | None]:
 
 
 # the task's folder in the distribution, and what makes a row of an example
-TASKS: dict[str, tuple[str, Callable[[Row, random.Random], Row | None]]] = {
+Tasks = dict[str, tuple[str, Callable[[Row, random.Random], Row | None]]]
+TASKS: Tasks = {
     "question_typing": (
         "natural_instructions/subtask046_miscellaenous_question_typing",
         _of_text("Give the type of the answer.\n"),
@@ -72,14 +74,29 @@ TASKS: dict[str, tuple[str, Callable[[Row, random.Random], Row | None]]] = {
     "social_iqa": ("social_iqa", _of_choices()),
     "strategyqa": ("strategyqa", _of_choices()),
 }
+# For a second look at defaults that were chosen on the first eight. Two pairs are of one kind, so that a pool has rows that are
+# easily taken for the target's.
+MORE_TASKS: Tasks = {
+    "past_tense": ("linguistic_mappings/past_tense_json", _of_text("Give the past tense.\n")),
+    "plural": ("linguistic_mappings/plural_json", _of_text("Give the plural.\n")),
+    "goal_inference": ("goal_step_wikihow/goal_inference", _of_choices()),
+    "step_inference": ("goal_step_wikihow/step_inference", _of_choices()),
+    "colored_objects": ("reasoning_about_colored_objects", _of_choices()),
+    "object_counting": ("object_counting", _of_text("")),
+    "social_support": ("social_support", _of_choices("Is this reply unsupportive, neutral or supportive?\n")),
+    "epistemic_reasoning": ("epistemic_reasoning", _of_choices()),
+}
+# by the name that a profile has for them, and the number of their file in the cache
+POOLS: dict[str, tuple[Tasks, int]] = {"bigbench": (TASKS, 1), "bigbench-2": (MORE_TASKS, 2)}
 PASSAGES_IN_SDIST = "natural_instructions/subtask026_drop_question_generation"
 
 
-def fetch(cache_dir: str | Path | None = None) -> dict[str, list[Row]]:
+def fetch(pool: str = "bigbench", cache_dir: str | Path | None = None) -> dict[str, list[Row]]:
     """
-    The rows of all tasks, and passages of text that are unrelated to them.
+    The rows of eight tasks, and passages of text that are unrelated to them.
 
     Args:
+        pool (`str`): Which eight, of `POOLS`.
         cache_dir (`str` or `Path`, *optional*): The folder to keep them in; the quickstart's by default.
 
     Returns:
@@ -89,7 +106,8 @@ def fetch(cache_dir: str | Path | None = None) -> dict[str, list[Row]]:
     Raises:
         `RuntimeError`: if what was downloaded has another SHA-256 sum.
     """
-    cache = Path(cache_dir or default_cache_dir()) / "bigbench-evidence-1.json"
+    tasks, number = POOLS[pool]
+    cache = Path(cache_dir or default_cache_dir()) / f"bigbench-evidence-{number}.json"
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache.parent) as folder:
@@ -97,12 +115,12 @@ def fetch(cache_dir: str | Path | None = None) -> dict[str, list[Row]]:
             urllib.request.urlretrieve(SDIST, archive)
             if (found := hashlib.sha256(archive.read_bytes()).hexdigest()) != SDIST_SHA256:
                 raise RuntimeError(f"{SDIST} has the SHA-256 sum {found}, expected {SDIST_SHA256}")
-            write_json(cache, _read(archive))
+            write_json(cache, _read(archive, tasks))
     return read_json(cache)
 
 
-def _read(archive: Path) -> dict[str, list[Row]]:
-    folders = {f"{TASKS_IN_SDIST}/{folder}/task.json": name for name, (folder, _) in TASKS.items()}
+def _read(archive: Path, tasks: Tasks) -> dict[str, list[Row]]:
+    folders = {f"{TASKS_IN_SDIST}/{folder}/task.json": name for name, (folder, _) in tasks.items()}
     passages = f"{TASKS_IN_SDIST}/{PASSAGES_IN_SDIST}/task.json"
     examples: dict[str, list[Row]] = {}
     with tarfile.open(archive) as tar:
@@ -111,17 +129,17 @@ def _read(archive: Path) -> dict[str, list[Row]]:
                 file = tar.extractfile(member)
                 assert file is not None
                 examples[folders.get(member.name, "passages")] = json.load(file)["examples"]
-    rows = {name: _rows(name, examples[name]) for name in TASKS}
+    rows = {name: _rows(name, make, examples[name]) for name, (_, make) in tasks.items()}
     texts = {example["input"].removeprefix("Passage: ").strip() for example in examples["passages"]}
     drawn = random.Random("passages").sample(sorted(texts), PASSAGES)
     return {**rows, "passages": [{"text": text} for text in drawn]}
 
 
-def _rows(name: str, examples: list[Row]) -> list[Row]:
+def _rows(name: str, make: Callable[[Row, random.Random], Row | None], examples: list[Row]) -> list[Row]:
     generator = random.Random(name)
     made: dict[str, Row] = {}
     for example in generator.sample(examples, len(examples)):
-        row = TASKS[name][1](example, generator)
+        row = make(example, generator)
         if row is not None and len(made) < MOST_ROWS:
             made.setdefault(row["prompt"], {**row, "task": name})
     return list(made.values())

@@ -18,7 +18,7 @@ from typing import Any
 from localize_report import difference_text, paired
 
 from .profile import ALL_HEADS, Parameters
-from .summary import REFERENCE, Comparison, Evidence, Line, compare
+from .summary import REFERENCE, Comparison, Evidence, Line, Result, comparable, compare
 
 
 P2D = ("affinity:proxy/fifth/robin", "heads:proxy/late")
@@ -209,7 +209,7 @@ def _whole(evidence: Evidence, side: tuple[str, str] = P2D) -> Claim:
             f'"within a point" is said of the mean alone; its interval reaches {100 * full.exact_match["low"]:+.1f} points'
         )
     mean_aer = _mean(aers)
-    timed = mean_aer is not None and all(line.timed for line in theirs.values())
+    timed = len(aers) == len(ours) and comparable([*ours.values(), *theirs.values()])
     if mean_aer is not None and timed:
         figures.append(f"AER {mean_aer:.3f} ({', '.join(f'{target} {aer:.3f}' for target, aer in aers.items())})")
         held = held and mean_aer <= MOST_AER
@@ -236,7 +236,34 @@ def _forgetting(evidence: Evidence, side: tuple[str, str] = P2D) -> Claim:
     if lora is not None:
         others.append(_figure("against LoRA", lora))
     figures += [f"without keys and values (`share_kv=False`): {figure}" for figure in others]
-    return Claim(text, verdict, figures)
+    return Claim(text, verdict, figures + _forgetting_by_rate(evidence, side))
+
+
+def _forgetting_by_rate(evidence: Evidence, side: tuple[str, str]) -> list[str]:
+    """
+    The same at each learning rate that both sides tried, with the seed it was tried with: the rates that the sides were given go by
+    validation rows of the target, on which what is forgotten does not show.
+    """
+    found: dict[tuple[str, float], dict[str, Result]] = {}
+    for arm in evidence.tried:
+        if (arm["setting"], arm["data"], arm["epochs"]) == ("mixed", side[0], EPOCHS):
+            found.setdefault((arm["parameters"], arm["lr"]), {})[arm["target"]] = arm
+    figures = []
+    for parameters, lr in sorted(found, key=lambda tried: tried[1]):
+        theirs = found.get((LORA[1], lr))
+        if parameters != side[1] or theirs is None:
+            continue
+        pairs = [(arm, theirs[target]) for target, arm in found[parameters, lr].items() if target in theirs]
+        forgotten = paired([ours["passages_nll"] - lora["passages_nll"] for ours, lora in pairs])
+        right = [
+            ours["test"][ours["target"]]["exact_match"] - lora["test"][ours["target"]]["exact_match"]
+            for ours, lora in pairs
+        ]
+        figures.append(
+            f"both at a learning rate of {lr:g}, one seed: NLL of unrelated passages {difference_text(forgotten, 3)} nats a token against "
+            f"LoRA, {100 * sum(right) / len(right):+.1f} points exact match, {len(pairs)} pairs"
+        )
+    return figures
 
 
 def _forgetting_of(evidence: Evidence, side: tuple[str, str]) -> tuple[str, list[str]]:

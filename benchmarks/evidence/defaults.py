@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from p2d_peft import P2DConfig
 
 from .claims import EPOCHS, P2D
-from .summary import Comparison, Evidence, compare
+from .summary import Comparison, Evidence, comparable, compare
 
 
 # The sides on which shares of heads and of rows are tried: cheaper to train, the same on both.
@@ -82,7 +82,7 @@ ALTERNATIVES = (
 
 
 def measured(evidence: Evidence) -> list[tuple[Alternative, Comparison, float | None]]:
-    """The alternatives that were run, how the default compares with each, and its seconds over theirs, if both were timed."""
+    """The alternatives that were run, how the default compares with each, and its seconds over theirs, where they can be compared."""
     found = []
     for alternative in ALTERNATIVES:
         comparison = compare(
@@ -98,7 +98,7 @@ def _seconds(evidence: Evidence, alternative: Alternative, comparison: Compariso
         [evidence.lines[(alternative.setting, target, *side, EPOCHS)] for target in comparison.of_targets]
         for side in (alternative.ours, alternative.theirs)
     )
-    if not all(line.timed for line in ours + theirs):
+    if not comparable(ours + theirs):
         return None
     taken = [sum(line.seconds("localize", "select", "train") for line in lines) for lines in (ours, theirs)]
     return taken[0] / taken[1]

@@ -15,10 +15,10 @@ from p2d_peft.heads import HeadScores
 
 from . import bigbench, claims
 from .choose import HEADS
-from .claims import ALL_TARGETS, EPOCHS, HELD, NOT_HELD, P2D, coupling, judge, variants
+from .claims import ALL_TARGETS, EPOCHS, HELD, NOT_HELD, P2D, Claim, coupling, judge, variants
 from .defaults import TRIED, measured
 from .profile import Parameters, Profile
-from .summary import Evidence, Line, Result
+from .summary import Evidence, Line, Result, read_evidence
 
 
 PICTURES = {
@@ -34,11 +34,13 @@ SETTINGS_TEXT = {
     "absent": "The mixed pool without the target's task",
 }
 PROFILES = Path(__file__).parent / "profiles"
-FULL = PROFILES / "full.yaml"
+FULL, CONFIRM = PROFILES / "full.yaml", PROFILES / "confirm.yaml"
 # what published arms' commands name that is in no commit: excerpts of full.yaml
 GONE = ("claims.yaml", "claims2.yaml", "claims3.yaml", "fifth.yaml", "late.yaml", "qo.yaml")
 # where our results are, and the folder of those that stand on the main page
 RESULTS, MAIN = Path(__file__).parent.parent / "results", "evidence"
+# and the folder and the page of the tasks that no default was chosen by
+OTHERS, OTHERS_PAGE = "evidence_other_tasks", "other-tasks.md"
 README_START, README_END = "<!-- results: made by benchmarks/run_evidence.py report -->", "<!-- end of results -->"
 
 
@@ -69,11 +71,11 @@ def page(evidence: Evidence, results: Path, pictures: list[str]) -> str:
         "(`paper_llama.yaml` and `paper_qwen.yaml` in `benchmarks/evidence/profiles`). What a run costs on a GPU, with random "
         "weights, is in [Benchmarks](benchmarks.md#what-does-a-run-cost-on-a-gpu)."
         + " What else there is to compare is [at the end](#what-was-not-run)."
-        * _is_bigbench(evidence),
+        * bool(_planned(evidence)),
         "## The claims",
-        _chosen_late(evidence),
+        _chosen_by(evidence),
         f"While results of some of the {ALL_TARGETS} targets are missing that could change its verdict, a claim is not decided.",
-        _claims(evidence),
+        _claims(evidence, results),
         _variants(evidence),
         *(_picture(address) for address in pictures),
         _overlap(evidence, results),
@@ -92,17 +94,21 @@ def page(evidence: Evidence, results: Path, pictures: list[str]) -> str:
         "With the first seed. The tables above have the rate with the lowest NLL on the validation rows, which are few; a "
         "rate that is hardly better there may forget a lot more.",
         _edges(evidence),
+        _means_by_rate(evidence),
         _rates(evidence),
         "## Where it was run",
         _provenance(evidence),
         _gone_profiles(evidence),
     ]
-    if _is_bigbench(evidence):
+    if planned := _planned(evidence):
+        missing = _not_run(evidence, planned)
         parts += [
             "## What was not run",
-            "Cells of the full profile (`benchmarks/evidence/profiles/full.yaml`) that have no arm for any target: pool, weights, "
-            "rows.",
-            _not_run(evidence) or "None.",
+            f"Cells of `benchmarks/evidence/profiles/{planned.name}` that have no arm for any target: pool, weights, rows."
+            if missing
+            else f"All cells of `benchmarks/evidence/profiles/{planned.name}` have arms.",
+            missing,
+            _seeds_not_run(evidence, planned),
         ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -112,12 +118,16 @@ def _folder(results: Path) -> str:
     return f"benchmarks/results/{results.name}" if ours else results.name
 
 
-def _is_bigbench(evidence: Evidence) -> bool:
-    return set(evidence.targets) <= set(bigbench.TASKS)
+def _planned(evidence: Evidence) -> Path | None:
+    """The profile of all that there is to compare on these tasks."""
+    for tasks, profile in ((bigbench.TASKS, FULL), (bigbench.MORE_TASKS, CONFIRM)):
+        if set(evidence.targets) <= set(tasks):
+            return profile
+    return None
 
 
 def _source(evidence: Evidence) -> str:
-    return "BIG-bench's" if _is_bigbench(evidence) else f"those of {', '.join(evidence.targets)}"
+    return "BIG-bench's" if _planned(evidence) else f"those of {', '.join(evidence.targets)}"
 
 
 def _pools(evidence: Evidence) -> str:
@@ -131,8 +141,7 @@ def _pools(evidence: Evidence) -> str:
 def _title(evidence: Evidence, results: Path) -> str:
     if results.name == MAIN:
         return "# Results"
-    gpus = {where["machine"].get("gpu") for where in evidence.provenance} - {None}
-    return f"# Results on {', '.join(sorted(gpus))}" if gpus else f"# Results: {results.name.removeprefix(MAIN + '_')}"
+    return f"# Results: {results.name.removeprefix(MAIN + '_').replace('_', ' ')}"
 
 
 def _to_rerun(evidence: Evidence, results: Path) -> str:
@@ -143,19 +152,20 @@ def _to_rerun(evidence: Evidence, results: Path) -> str:
 
 
 def _untimed(evidence: Evidence) -> str:
-    if all(line.timed for line in evidence.lines.values()):
-        return ""
-    return (
-        "Where it and the seconds are left out, processes shared a GPU: what one of them takes is then no measure of what it "
-        "takes alone. "
-    )
+    untimed = [line for line in evidence.lines.values() if not evidence.timed(line)]
+    reasons = []
+    if any(line.alone for line in untimed):
+        reasons.append("arms and what they are measured by were run on several machines")
+    if not all(line.alone for line in untimed):
+        reasons.append("processes shared a GPU, where what one of them takes is no measure of what it takes alone")
+    return f"Where it and the seconds are left out, {', or '.join(reasons)}. " if reasons else ""
 
 
-def _not_run(evidence: Evidence) -> str:
-    """Of the full profile's cells those that have no result for any of their targets, weights by weights."""
+def _not_run(evidence: Evidence, planned: Path) -> str:
+    """Of a profile's cells those that have no result for any of their targets, weights by weights."""
     there = {(line.setting, line.data, line.parameters, line.epochs) for line in evidence.lines.values()}
     missing: dict[tuple[str, str, int], list[str]] = {}
-    for cell in Profile.read(FULL).cells():
+    for cell in Profile.read(planned).cells():
         setting, data, parameters, epochs = cell.setting, str(cell.data), str(cell.parameters), cell.epochs
         rows = missing.setdefault((setting, parameters, epochs), [])
         if (setting, data, parameters, epochs) not in there and f"`{data}`" not in rows:
@@ -168,28 +178,70 @@ def _not_run(evidence: Evidence) -> str:
     return "\n".join(found)
 
 
+def _seeds_not_run(evidence: Evidence, planned: Path) -> str:
+    """Of how many of a profile's cells for which there are results a seed has none."""
+    missing: Counter[int] = Counter()
+    n_cells = 0
+    for cell, seeds in Profile.read(planned).cells().items():
+        key = (str(cell.data), str(cell.parameters), cell.epochs)
+        there = {
+            seed
+            for line in evidence.lines.values()
+            if (line.data, line.parameters, line.epochs) == key and line.setting == cell.setting
+            for seed, result in line.results.items()
+            if result["target"] == cell.target
+        }
+        if there:
+            n_cells += 1
+            missing.update(set(seeds) - there)
+    said = [f"seed {seed} in {count}" for seed, count in sorted(missing.items())]
+    return (
+        f"Of the {n_cells} cells and targets that have arms, these seeds are missing: {', '.join(said)}."
+        if said
+        else ""
+    )
+
+
 def _picture(address: str) -> str:
     text = PICTURES[Path(address).name]
     return f"![{text}]({address})\n\n*{text}.*"
 
 
-def _claims(evidence: Evidence) -> str:
-    rows = []
-    for number, claim in enumerate(judge(evidence), 1):
-        verdict = {HELD: "**held**", NOT_HELD: "**not held**"}.get(claim.verdict, claim.verdict)
-        rows.append([str(number), claim.text, verdict, "<br>".join(claim.figures)])
-    return _markdown(["", "claim", "", "figures"], rows)
+def _claims(evidence: Evidence, results: Path) -> str:
+    """The verdicts and their figures; on the main page with those of the tasks that no default was chosen by."""
+    header = ["", "claim", "", "figures"]
+    rows = [
+        [str(number), claim.text, _verdict(claim), "<br>".join(claim.figures)]
+        for number, claim in enumerate(judge(evidence), 1)
+    ]
+    others = results.with_name(OTHERS)
+    if results.name == MAIN and others.is_dir():
+        header.insert(3, f"on [other tasks]({OTHERS_PAGE})")
+        for row, claim in zip(rows, judge(read_evidence(others)), strict=True):
+            row.insert(3, _verdict(claim))
+    return _markdown(header, rows)
 
 
-def _chosen_late(evidence: Evidence) -> str:
-    """What the claims' verdicts are worth, where they were made on the rows that the defaults were chosen by."""
-    if not _is_bigbench(evidence):
-        return ""
-    return (
-        "The claims and their bounds were set before the arms were run. The defaults that they are judged by were not: they were "
-        "changed three times, each time after earlier ones had been looked at on these targets' test rows. So what holds here "
-        "was chosen among several by the rows that it is judged on, and no other task confirms it."
-    )
+def _verdict(claim: Claim) -> str:
+    return {HELD: "**held**", NOT_HELD: "**not held**"}.get(claim.verdict, claim.verdict)
+
+
+def _chosen_by(evidence: Evidence) -> str:
+    """What the claims' verdicts are worth: whether they were made on the rows that the defaults were chosen by."""
+    before = "The claims and their bounds were set before the arms were run. "
+    planned = _planned(evidence)
+    if planned == FULL:
+        return (
+            f"{before}The defaults that they are judged by were not: they were changed three times, each time after earlier ones "
+            "had been looked at on these targets' test rows. So what holds here was chosen among several by the rows that it is "
+            f"judged on. [Other tasks]({OTHERS_PAGE}), which no default was chosen by, say how much of it stays."
+        )
+    if planned == CONFIRM:
+        return (
+            f"{before}So were, in `{planned.name}`, these targets, the learning rates and, but for those of `bm25/robin`, the arms; and "
+            "no default was chosen by these tasks or changed after them. What holds here holds on tasks that nobody had looked at."
+        )
+    return ""
 
 
 def _variants(evidence: Evidence) -> str:
@@ -271,6 +323,7 @@ def _table(evidence: Evidence, lines: list[Line]) -> str:
         aer = evidence.aer(line)
         first = next(iter(line.results.values()))
         options = [test["options_accuracy"] for test in line.tests.values() if "options_accuracy" in test]
+        kinds = {result["memory_kind"] for result in line.results.values()}
         whole = line.data == "full" or line.target not in {result["target"] for result in line.results.values()}
         rows.append(
             [
@@ -289,11 +342,11 @@ def _table(evidence: Evidence, lines: list[Line]) -> str:
                 if line.setting == "corrupted"
                 else "",
                 " + ".join(f"{line.seconds(stage):.0f}" for stage in ("localize", "select", "train"))
-                if line.timed
+                if evidence.timed(line)
                 else "",
                 f"{first['trained_parameters'] / 1e6:.2f} M",
                 f"{first['checkpoint_bytes'] / 1e6:.1f} MB",
-                f"{line.mean_of_arm('peak_memory_bytes') / 1e9:.2f} GB",
+                f"{line.mean_of_arm('peak_memory_bytes') / 1e9:.2f} GB" if len(kinds) == 1 else "",
             ]
         )
     header = ["data", "parameters", "epochs", "lr", "seeds", "exact match", "NLL", "options", "forgetting", "AER"]
@@ -336,6 +389,35 @@ def _edges(evidence: Evidence) -> str:
             f"{', '.join(differing)}: there the difference may be the rate's."
         )
     return text
+
+
+def _means_by_rate(evidence: Evidence) -> str:
+    """What rises and falls with the learning rate: means over the cells of an adapter in which all of its rates were tried."""
+    of_adapters: dict[str, dict[tuple[str, ...], dict[float, Result]]] = {}
+    for arm in evidence.tried:
+        cells = of_adapters.setdefault(Parameters.read(arm["parameters"]).adapter, {})
+        cells.setdefault(_cell_of(arm), {})[arm["lr"]] = arm
+    rows = []
+    for adapter, cells in sorted(of_adapters.items()):
+        rates = sorted({lr for tried in cells.values() for lr in tried})
+        whole = [tried for tried in cells.values() if len(tried) == len(rates)]
+        for lr in rates if len(rates) > 1 and whole else []:
+            tests = [test for tried in whole for test in tried[lr]["test"].values()]
+            forgotten = sum(tried[lr]["passages_nll"] for tried in whole) / len(whole) - evidence.base_passages_nll
+            rows.append(
+                [
+                    f"`{adapter}`",
+                    f"{lr:g}",
+                    _percent(sum(test["exact_match"] for test in tests) / len(tests)),
+                    f"{sum(test['nll'] for test in tests) / len(tests):.3f}",
+                    f"{forgotten:+.3f}",
+                    str(len(whole)),
+                ]
+            )
+    if not rows:
+        return ""
+    header = ["weights", "lr", "exact match", "test NLL", "forgetting", "cells"]
+    return f"Means over all cells in which all of a kind of weights' rates were tried:\n\n{_markdown(header, rows)}"
 
 
 def _cell_of(arm: Result) -> tuple[str, ...]:
@@ -449,7 +531,7 @@ def readme_table(evidence: Evidence) -> str:
                 f"`{side[1]}`",
                 _percent(_mean(full[side], ours, "exact_match")),
                 f"{_mean(full[side], ours, 'nll'):.3f}",
-                f"{sum(aers) / len(aers):.3f}" if aers else "",
+                f"{sum(aers) / len(aers):.3f}" if len(aers) == len(lines) else "",
                 f"{sum(evidence.forgotten(line) for line in lines) / len(lines):+.3f}",
             ]
         )

@@ -78,7 +78,7 @@ def _aer(evidence: Evidence) -> Figure | None:
 def _stages(evidence: Evidence) -> Figure | None:
     """Seconds by stage, of P2D and of the reference."""
     of_targets = {target: evidence.lines.get(("mixed", target, *P2D, EPOCHS)) for target in evidence.targets}
-    targets = [target for target, line in of_targets.items() if line is not None and line.timed]
+    targets = [target for target, line in of_targets.items() if line is not None and evidence.timed(line)]
     if not targets:
         return None
     figure = _new(7, 1.2 + 0.6 * (len(targets) + 1))

@@ -15,6 +15,8 @@ from localize import CHOICES
 from p2d_peft.heads.localize import LocalizeMethod
 from p2d_peft.selection.selector import ScorerName, needs_heads, scores_per_target
 
+from .bigbench import POOLS
+
 
 SETTINGS = ("mixed", "own", "corrupted", "absent")
 # the target of what is trained without one, and tested on all: it costs one training for all of them
@@ -265,7 +267,7 @@ class Profile:
 
     Args:
         model (`str`): The model's Hub id.
-        tasks (`dict[str, Source]`): The tasks; BIG-bench's eight where there are none.
+        tasks (`dict[str, Source]` or `str`): The tasks, or which eight of BIG-bench, of `bigbench.POOLS`; the first eight by default.
         problem ([`Problem`]), training ([`Training`]): What is the same for all arms.
         learning_rates (`dict[str, list[float]]`): By adapter, those to try.
         seeds (`list[int]`): The seeds; with the first one, all learning rates are tried.
@@ -273,7 +275,7 @@ class Profile:
     """
 
     model: str
-    tasks: dict[str, Source]
+    tasks: dict[str, Source] | str
     problem: Problem
     training: Training
     learning_rates: dict[str, list[float]]
@@ -294,7 +296,7 @@ class Profile:
         groups = [_cells(arms, seeds) for arms in content["arms"]]
         profile = cls(
             model=content["model"],
-            tasks={name: Source(**_checked(Source, source)) for name, source in content.get("tasks", {}).items()},
+            tasks=_tasks(content.get("tasks", "bigbench")),
             problem=Problem(**_checked(Problem, content.get("problem", {}))),
             training=Training(**_checked(Training, content.get("training", {}))),
             learning_rates={name: [float(lr) for lr in rates] for name, rates in content["learning_rates"].items()},
@@ -352,6 +354,14 @@ def _cells(arms: dict[str, Any], seeds: list[int]) -> tuple[list[Cell], list[int
         for setting, target, data, parameters, epochs in grid
     ]
     return cells, chosen
+
+
+def _tasks(named: dict[str, Any] | str) -> dict[str, Source] | str:
+    if isinstance(named, str):
+        if named not in POOLS:
+            raise ValueError(f"`tasks` '{named}' is not one of {list(POOLS)}; or write what each task is read from.")
+        return named
+    return {name: Source(**_checked(Source, source)) for name, source in named.items()}
 
 
 def _checked(kind: type, values: dict[str, Any]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Line:
         return statistics.mean(result[name] for result in self.results.values())
 
     @property
-    def timed(self) -> bool:
+    def alone(self) -> bool:
         """
         Whether [`seconds`] are those of an arm alone: not where processes share an accelerator, of whose time each one's
         clock counts the others' share, too. On a CPU a process's own seconds are counted.
@@ -62,12 +62,23 @@ class Line:
             for result in self.results.values()
         )
 
+    @property
+    def machines(self) -> list[Result]:
+        """What its arms were run on, each once."""
+        return distinct(result["machine"] for result in self.results.values())
+
     def seconds(self, *stages: str) -> float:
         """Over the seeds, the mean of what stages took: the process's own seconds on a CPU, else the clock's."""
         kind = "cpu" if next(iter(self.results.values()))["memory_kind"] == "process" else "wall"
         return statistics.mean(
             sum(result["seconds"][stage][kind] for stage in stages) for result in self.results.values()
         )
+
+
+def comparable(lines: Iterable[Line]) -> bool:
+    """Whether the seconds of lines can be compared: each arm was alone, and all were run on one machine."""
+    lines = list(lines)
+    return all(line.alone for line in lines) and len(distinct(one for line in lines for one in line.machines)) < 2
 
 
 @dataclass(frozen=True)
@@ -101,10 +112,10 @@ class Evidence:
     def aer(self, line: Line) -> float | None:
         """
         Seconds of all stages over those of full fine-tuning on all of the pool for as many epochs; None without that
-        reference, or where either was not timed.
+        reference, or where the two can't be compared, see [`comparable`].
         """
         reference = self.reference(line)
-        if reference is None or not (line.timed and reference.timed):
+        if reference is None or not comparable([line, reference]):
             return None
         return line.seconds("localize", "select", "train") / reference.seconds("train")
 
@@ -120,6 +131,11 @@ class Evidence:
             and all(result["target"] == ANY for result in other.results.values())
         )
         return next(same_pool, None)
+
+    def timed(self, line: Line) -> bool:
+        """Whether a line's seconds say something beside those of its reference, or by themselves where it has none."""
+        reference = self.reference(line)
+        return comparable([line] if reference is None else [line, reference])
 
     @property
     def base_passages_nll(self) -> float:

@@ -23,11 +23,10 @@ def load_tasks(profile: Profile, folders: dict[str, str]) -> dict[str, list[Row]
         profile ([`Profile`]): What names the tasks.
         folders (`dict[str, str]`): For datasets that are not to come from the Hub, the folder of their files.
     """
-    rows = bigbench.fetch()
-    if not profile.tasks:
-        return rows
+    if isinstance(profile.tasks, str):
+        return bigbench.fetch(profile.tasks)
     tasks = {name: _read(name, source, folders) for name, source in profile.tasks.items()}
-    return {**tasks, "passages": rows["passages"]}
+    return {**tasks, "passages": bigbench.fetch()["passages"]}
 
 
 def _read(name: str, source: Source, folders: dict[str, str]) -> list[Row]:

@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.training_args import OptimizerNames
-from trl import pack_dataset
+from trl import SFTConfig, pack_dataset
 
 from ..heads import HeadSet, ModelGeometry
 from .arguments import spreads_weights_as_loaded
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from .p2d_trainer import P2DTrainer
 
 logger = logging.getLogger(__name__)
+
+# below it a few dozen steps hardly move deltas that begin at zero (docs/results.md has what rates do)
+LEAST_LEARNING_RATE = 1e-4
 
 
 def check_sharding(args: P2DConfig) -> None:
@@ -132,6 +135,17 @@ def check_rows_are_left(name: str, dataset: Any, prepared: Any, args: P2DConfig)
         name,
         args.max_length,
     )
+
+
+def warn_of_small_learning_rate(args: P2DConfig) -> None:
+    """Say so where the learning rate is one for full fine-tuning, as `SFTConfig`'s default is, and HeadSparse is trained."""
+    if 0 < args.learning_rate < LEAST_LEARNING_RATE:
+        logger.warning(
+            "`learning_rate`=%g is one for full fine-tuning%s: the deltas on the chosen heads begin at zero and hardly move at "
+            "it. Begin with 1e-3.",
+            args.learning_rate,
+            ", the default of SFTConfig" if args.learning_rate == SFTConfig.learning_rate else "",
+        )
 
 
 def check_batches_are_left(args: P2DConfig, selected: Any) -> None:

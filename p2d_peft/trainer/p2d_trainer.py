@@ -42,6 +42,7 @@ from .checks import (
     check_rows_are_left,
     check_sharding,
     check_trainable,
+    warn_of_small_learning_rate,
 )
 from .choosing import choose, scores_folder
 from .config import P2DConfig
@@ -243,6 +244,8 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
             if added := sorted(set(vocabulary(self._tokenizer).values()) - set(known_tokens.values())):
                 learn_tokens(config, added, self.model)
         if config is not None:
+            if self.optimizer_cls_and_kwargs is None:
+                warn_of_small_learning_rate(args)
             check_attachable(self.model, config)
             if heads is None and config.heads is not None:
                 heads = config.head_set(ModelGeometry.of(self.model))

@@ -6,13 +6,14 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import integrations
+from trl import SFTConfig
 
 from p2d_peft import HeadSet, P2DTrainer
 from p2d_peft.trainer.checks import check_attention, check_optimizer, check_sharding, geometry_of_saved
 from p2d_peft.trainer.choosing import choose
 
 from ..tiny_data import prompt_completion
-from ..tiny_models import tiny_model
+from ..tiny_models import tiny_model, tiny_tokenizer
 from .test_p2d_trainer import config, trainer
 
 
@@ -44,6 +45,32 @@ def test_under_zero_3_the_reference_is_not_estimated(tmp_path, monkeypatch, capl
         state = choose(run)
     assert state.reference is None
     assert "could not be estimated, so there will be no AER: ZeRO-3 spreads the weights." in caplog.text
+
+
+SMALL = "is one for full fine-tuning"
+
+
+@pytest.mark.parametrize(
+    ("given", "rate", "says"),
+    [
+        ({}, 2e-5, f"`learning_rate`=2e-05 {SMALL}, the default of SFTConfig: the deltas"),
+        ({}, 5e-5, f"`learning_rate`=5e-05 {SMALL}: the deltas"),
+        ({}, 1e-4, ""),
+        ({}, 0.0, ""),  # to see what a run costs, or what is chosen
+        ({"peft_config": LoraConfig()}, 2e-5, ""),
+        ({"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 1.0})}, 2e-5, ""),  # which has a rate of its own
+    ],
+    ids=["default", "small", "least", "none", "LoRA", "optimizer"],
+)
+def test_a_learning_rate_for_full_fine_tuning_is_told_of(given, rate, says, tmp_path, caplog):
+    trainer(tmp_path, changes={"learning_rate": rate}, **given)
+    assert (says in caplog.text) if says else (SMALL not in caplog.text)
+
+
+def test_an_sft_configs_learning_rate_is_kept_and_told_of(tmp_path, caplog):
+    args = SFTConfig(str(tmp_path), bf16=False, use_cpu=True, report_to="none")
+    run = P2DTrainer(tiny_model(), args, train_dataset=prompt_completion(8), processing_class=tiny_tokenizer())
+    assert run.args.learning_rate == SFTConfig.learning_rate and SMALL in caplog.text
 
 
 def test_a_saved_model_is_checked_without_its_weights(tmp_path):
