@@ -70,7 +70,7 @@ def report(results: Path, to: Path, readme: Path | None) -> None:
     pictures = plots.save_plots(evidence, results, to.with_suffix(""))
     texts = {to: page.page(evidence, results, [f"{to.stem}/{name}" for name in pictures])}
     if readme is not None:
-        texts[readme] = page.with_results(readme.read_text(encoding="utf-8"), page.readme_table(evidence))
+        texts[readme] = page.with_results(readme.read_text(encoding="utf-8"), page.readme_tables(evidence, results))
     for path, text in texts.items():
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -614,7 +614,7 @@ def test_what_is_published_is_what_the_results_say(folder, name):
     if name != "results":
         return
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert page.with_results(readme, page.readme_table(evidence)) == readme
+    assert page.with_results(readme, page.readme_tables(evidence, results)) == readme
 
 
 def _of_command(command):
@@ -1006,6 +1006,12 @@ def test_a_page_says_what_its_verdicts_are_worth(tmp_path, monkeypatch):
     table = page._claims(evidence_of(SIDES), tmp_path / page.MAIN)
     assert "| 4 | The whole" in table and "per second. | **held** | **not held** |" in table
     assert "other tasks" not in page._claims(evidence_of(SIDES), tmp_path / "evidence_gsm8k")
+    # and so do their numbers in the README
+    tables = page.readme_tables(evidence_of(SIDES), tmp_path / page.MAIN)
+    assert tables.count("| `full` | `full` | 75.0 |") == tables.count("| `full` | `full` | 87.5 |") == 1
+    assert page.readme_tables(evidence_of(SIDES), tmp_path / "a") == page.readme_table(evidence_of(SIDES))
+    untimed = page.readme_table(evidence_of(SIDES, "accelerator", 4))
+    assert "AER" not in untimed and "| `full` | `full` | 75.0 | 1.000 | +0.000 |" in untimed
 
 
 def test_the_seeds_that_are_missing_are_counted(tmp_path):

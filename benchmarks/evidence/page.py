@@ -513,6 +513,17 @@ def _machine(machine: dict[str, str]) -> str:
     return f"{gpu}{machine['cpu']}, {machine['cpus']} CPUs, {machine['system']}"
 
 
+def readme_tables(evidence: Evidence, results: Path) -> str:
+    """The README's tables: of these results, and of the tasks that no default was chosen by, where there are results of them."""
+    others = results.with_name(OTHERS)
+    if results.name != MAIN or not others.is_dir():
+        return readme_table(evidence)
+    return (
+        f"{readme_table(evidence)}\n\nAnd on [other tasks](docs/{OTHERS_PAGE}), which no default was chosen by:\n\n"
+        f"{readme_table(read_evidence(others))}"
+    )
+
+
 def readme_table(evidence: Evidence) -> str:
     """The short table: means over the targets of the mixed pool that all of its lines have."""
     sides: dict[tuple[str, str], dict[str, Line]] = {}
@@ -536,6 +547,9 @@ def readme_table(evidence: Evidence) -> str:
             ]
         )
     header = ["rows chosen by", "weights trained", "exact match", "NLL", "AER", "forgetting"]
+    if not any(row[4] for row in rows):
+        header.pop(4)
+        rows = [row[:4] + row[5:] for row in rows]
     return f"Means over {', '.join(f'`{target}`' for target in sorted(ours))}:\n\n{_markdown(header, rows)}"
 
 
