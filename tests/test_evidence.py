@@ -545,6 +545,16 @@ def test_seconds_of_two_machines_are_not_compared():
     evidence = run_on(evidence_of(SIDES), other, (claims.P2D[0], "heads:random/late"), 0, 1)
     seconds = {a.instead: seconds for a, _, seconds in defaults.measured(evidence)}
     assert seconds["random heads"] is None and seconds["random rows"] == 1.0
+    # without a reference, the lines of a pool beside one another
+    evidence = run_on(evidence_of({side: SIDES[side] for side in (claims.P2D, claims.LORA)}), other, claims.LORA, 0, 1)
+    assert not any(evidence.timed(line) for line in evidence.lines.values())
+    assert all(
+        map(
+            evidence_of({claims.P2D: SIDES[claims.P2D]}).timed,
+            evidence_of({claims.P2D: SIDES[claims.P2D]}).lines.values(),
+        )
+    )
+    evidence = run_on(evidence_of(SIDES), other, (claims.P2D[0], "heads:random/late"), 0, 1)
     # of one target: a mean over the others would be no mean over all
     table = page.readme_table(evidence)
     assert "| `affinity:proxy/fifth/robin` | `heads:random/late` | 50.0 | 1.500 |  |" in table

@@ -133,9 +133,12 @@ class Evidence:
         return next(same_pool, None)
 
     def timed(self, line: Line) -> bool:
-        """Whether a line's seconds say something beside those of its reference, or by themselves where it has none."""
+        """Whether a line's seconds can be compared with its reference's; without one, with those of the pool's other lines."""
         reference = self.reference(line)
-        return comparable([line] if reference is None else [line, reference])
+        if reference is not None:
+            return comparable([line, reference])
+        pool = (line.setting, line.target)
+        return comparable(other for other in self.lines.values() if (other.setting, other.target) == pool)
 
     @property
     def base_passages_nll(self) -> float:
