@@ -66,11 +66,11 @@ def make_runner(threads: int, *arguments: Any) -> Runner:
 
 def report(results: Path, to: Path, readme: Path | None) -> None:
     """Write a page and its pictures from what is in `results`, and the README's table where there is a README."""
-    evidence = read_evidence(results)
+    evidence, others = read_evidence(results), page.read_others(results)
     pictures = plots.save_plots(evidence, results, to.with_suffix(""))
-    texts = {to: page.page(evidence, results, [f"{to.stem}/{name}" for name in pictures])}
+    texts = {to: page.page(evidence, results, [f"{to.stem}/{name}" for name in pictures], others)}
     if readme is not None:
-        texts[readme] = page.with_results(readme.read_text(encoding="utf-8"), page.readme_tables(evidence, results))
+        texts[readme] = page.with_results(readme.read_text(encoding="utf-8"), page.readme_tables(evidence, others))
     for path, text in texts.items():
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")

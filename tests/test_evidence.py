@@ -548,12 +548,8 @@ def test_seconds_of_two_machines_are_not_compared():
     # without a reference, the lines of a pool beside one another
     evidence = run_on(evidence_of({side: SIDES[side] for side in (claims.P2D, claims.LORA)}), other, claims.LORA, 0, 1)
     assert not any(evidence.timed(line) for line in evidence.lines.values())
-    assert all(
-        map(
-            evidence_of({claims.P2D: SIDES[claims.P2D]}).timed,
-            evidence_of({claims.P2D: SIDES[claims.P2D]}).lines.values(),
-        )
-    )
+    evidence = evidence_of({claims.P2D: SIDES[claims.P2D]})
+    assert all(evidence.timed(line) for line in evidence.lines.values())
     evidence = run_on(evidence_of(SIDES), other, (claims.P2D[0], "heads:random/late"), 0, 1)
     # of one target: a mean over the others would be no mean over all
     table = page.readme_table(evidence)
@@ -617,14 +613,14 @@ def test_the_report(results, tmp_path):
 def test_what_is_published_is_what_the_results_say(folder, name):
     """These pages and the README's table are made by `run_evidence.py report`, and not by hand."""
     results = run_evidence.RESULTS.with_name(folder)
-    evidence = summary.read_evidence(results)
+    evidence, others = summary.read_evidence(results), page.read_others(results)
     found = {path.name for path in (ROOT / "docs" / name).glob("*.svg")}
     pictures = [f"{name}/{picture}" for picture in page.PICTURES if picture in found]
-    assert (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") == page.page(evidence, results, pictures)
+    assert (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") == page.page(evidence, results, pictures, others)
     if name != "results":
         return
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert page.with_results(readme, page.readme_tables(evidence, results)) == readme
+    assert page.with_results(readme, page.readme_tables(evidence, others)) == readme
 
 
 def _of_command(command):
@@ -1013,13 +1009,14 @@ def test_a_page_says_what_its_verdicts_are_worth(tmp_path, monkeypatch):
     other = {**SIDES, ("full", "full"): (35, 100.0, 1.0)}
     monkeypatch.setattr(page, "read_evidence", lambda folder: evidence_of(other))
     (tmp_path / page.OTHERS).mkdir()
-    table = page._claims(evidence_of(SIDES), tmp_path / page.MAIN)
+    beside, none = (page.read_others(tmp_path / name) for name in (page.MAIN, "evidence_gsm8k"))
+    table = page._claims(evidence_of(SIDES), beside)
     assert "| 4 | The whole" in table and "per second. | **held** | **not held** |" in table
-    assert "other tasks" not in page._claims(evidence_of(SIDES), tmp_path / "evidence_gsm8k")
+    assert "other tasks" not in page._claims(evidence_of(SIDES), none)
     # and so do their numbers in the README
-    tables = page.readme_tables(evidence_of(SIDES), tmp_path / page.MAIN)
+    tables = page.readme_tables(evidence_of(SIDES), beside)
     assert tables.count("| `full` | `full` | 75.0 |") == tables.count("| `full` | `full` | 87.5 |") == 1
-    assert page.readme_tables(evidence_of(SIDES), tmp_path / "a") == page.readme_table(evidence_of(SIDES))
+    assert page.readme_tables(evidence_of(SIDES), none) == page.readme_table(evidence_of(SIDES))
     untimed = page.readme_table(evidence_of(SIDES, "accelerator", 4))
     assert "AER" not in untimed and "| `full` | `full` | 75.0 | 1.000 | +0.000 |" in untimed
 

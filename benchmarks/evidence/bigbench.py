@@ -34,6 +34,8 @@ MOST_ROWS = 1500
 PASSAGES = 200
 
 Row = dict[str, Any]
+# makes a row of an example, or None, with a generator for what is drawn
+MakeRow = Callable[[Row, random.Random], Row | None]
 
 
 def _choices(question: str, example: Row, order: random.Random) -> Row | None:
@@ -51,16 +53,16 @@ def _free(question: str, example: Row, order: random.Random) -> Row | None:
     return {**as_row("", question, target if isinstance(target, str) else target[0]), "options": []}
 
 
-def _of_choices(before: str = "") -> Callable[[Row, random.Random], Row | None]:
+def _of_choices(before: str = "") -> MakeRow:
     return lambda example, order: _choices(before + example["input"].strip(), example, order)
 
 
-def _of_text(before: str) -> Callable[[Row, random.Random], Row | None]:
+def _of_text(before: str) -> MakeRow:
     return lambda example, order: _free(before + example["input"].strip(), example, order)
 
 
-# the task's folder in the distribution, and what makes a row of an example
-Tasks = dict[str, tuple[str, Callable[[Row, random.Random], Row | None]]]
+# by a task's name its folder in the distribution, and what makes its rows
+Tasks = dict[str, tuple[str, MakeRow]]
 TASKS: Tasks = {
     "question_typing": (
         "natural_instructions/subtask046_miscellaenous_question_typing",
@@ -135,7 +137,7 @@ def _read(archive: Path, tasks: Tasks) -> dict[str, list[Row]]:
     return {**rows, "passages": [{"text": text} for text in drawn]}
 
 
-def _rows(name: str, make: Callable[[Row, random.Random], Row | None], examples: list[Row]) -> list[Row]:
+def _rows(name: str, make: MakeRow, examples: list[Row]) -> list[Row]:
     generator = random.Random(name)
     made: dict[str, Row] = {}
     for example in generator.sample(examples, len(examples)):

@@ -44,8 +44,14 @@ OTHERS, OTHERS_PAGE = "evidence_other_tasks", "other-tasks.md"
 README_START, README_END = "<!-- results: made by benchmarks/run_evidence.py report -->", "<!-- end of results -->"
 
 
-def page(evidence: Evidence, results: Path, pictures: list[str]) -> str:
-    """The page, as Markdown; `pictures` are addresses as seen from it."""
+def read_others(results: Path) -> Evidence | None:
+    """Beside our main results, those of the tasks that no default was chosen by, as far as there are any."""
+    folder = results.with_name(OTHERS)
+    return read_evidence(folder) if results.name == MAIN and folder.is_dir() else None
+
+
+def page(evidence: Evidence, results: Path, pictures: list[str], others: Evidence | None) -> str:
+    """The page, as Markdown; `pictures` are addresses as seen from it, and `others` what [`read_others`] finds."""
     problem, training = evidence.settings["problem"], evidence.settings["training"]
     parts = [
         _title(evidence, results),
@@ -75,7 +81,7 @@ def page(evidence: Evidence, results: Path, pictures: list[str]) -> str:
         "## The claims",
         _chosen_by(evidence),
         f"While results of some of the {ALL_TARGETS} targets are missing that could change its verdict, a claim is not decided.",
-        _claims(evidence, results),
+        _claims(evidence, others),
         _variants(evidence),
         *(_picture(address) for address in pictures),
         _overlap(evidence, results),
@@ -180,20 +186,16 @@ def _not_run(evidence: Evidence, planned: Path) -> str:
 
 def _seeds_not_run(evidence: Evidence, planned: Path) -> str:
     """Of how many of a profile's cells for which there are results a seed has none."""
+    there: dict[str, set[int]] = {}
+    for line in evidence.lines.values():
+        for seed, arm in line.results.items():
+            there.setdefault(_name_of(arm), set()).add(seed)
     missing: Counter[int] = Counter()
     n_cells = 0
     for cell, seeds in Profile.read(planned).cells().items():
-        key = (str(cell.data), str(cell.parameters), cell.epochs)
-        there = {
-            seed
-            for line in evidence.lines.values()
-            if (line.data, line.parameters, line.epochs) == key and line.setting == cell.setting
-            for seed, result in line.results.items()
-            if result["target"] == cell.target
-        }
-        if there:
+        if str(cell) in there:
             n_cells += 1
-            missing.update(set(seeds) - there)
+            missing.update(set(seeds) - there[str(cell)])
     said = [f"seed {seed} in {count}" for seed, count in sorted(missing.items())]
     return (
         f"Of the {n_cells} cells and targets that have arms, these seeds are missing: {', '.join(said)}."
@@ -207,17 +209,16 @@ def _picture(address: str) -> str:
     return f"![{text}]({address})\n\n*{text}.*"
 
 
-def _claims(evidence: Evidence, results: Path) -> str:
+def _claims(evidence: Evidence, others: Evidence | None) -> str:
     """The verdicts and their figures; on the main page with those of the tasks that no default was chosen by."""
     header = ["", "claim", "", "figures"]
     rows = [
         [str(number), claim.text, _verdict(claim), "<br>".join(claim.figures)]
         for number, claim in enumerate(judge(evidence), 1)
     ]
-    others = results.with_name(OTHERS)
-    if results.name == MAIN and others.is_dir():
+    if others is not None:
         header.insert(3, f"on [other tasks]({OTHERS_PAGE})")
-        for row, claim in zip(rows, judge(read_evidence(others)), strict=True):
+        for row, claim in zip(rows, judge(others), strict=True):
             row.insert(3, _verdict(claim))
     return _markdown(header, rows)
 
@@ -424,6 +425,11 @@ def _cell_of(arm: Result) -> tuple[str, ...]:
     return tuple(str(arm[name]) for name in ("setting", "target", "data", "parameters", "epochs"))
 
 
+def _name_of(arm: Result) -> str:
+    """The name of its cell, as profiles have it."""
+    return f"{' '.join(_cell_of(arm))} epochs"
+
+
 def _rates(evidence: Evidence) -> str:
     rows = []
     names = ("setting", "target", "data", "parameters", "epochs", "lr")
@@ -497,7 +503,7 @@ def _gone_profiles(evidence: Evidence) -> str:
     if not gone:
         return ""
     there = {str(cell) for cell in Profile.read(FULL).cells()}
-    run = {f"{' '.join(_cell_of(arm))} epochs" for line in evidence.lines.values() for arm in line.results.values()}
+    run = {_name_of(arm) for line in evidence.lines.values() for arm in line.results.values()}
     others = ", ".join(f"`{name}`" for name in sorted(run - there))
     return (
         f"Each arm's file has its command. {', '.join(gone)} in these were excerpts of the cells that `full.yaml` had at the time, and "
@@ -513,14 +519,13 @@ def _machine(machine: dict[str, str]) -> str:
     return f"{gpu}{machine['cpu']}, {machine['cpus']} CPUs, {machine['system']}"
 
 
-def readme_tables(evidence: Evidence, results: Path) -> str:
-    """The README's tables: of these results, and of the tasks that no default was chosen by, where there are results of them."""
-    others = results.with_name(OTHERS)
-    if results.name != MAIN or not others.is_dir():
+def readme_tables(evidence: Evidence, others: Evidence | None) -> str:
+    """The README's tables: of these results, and of what [`read_others`] finds."""
+    if others is None:
         return readme_table(evidence)
     return (
         f"{readme_table(evidence)}\n\nAnd on [other tasks](docs/{OTHERS_PAGE}), which no default was chosen by:\n\n"
-        f"{readme_table(read_evidence(others))}"
+        f"{readme_table(others)}"
     )
 
 
