@@ -32,7 +32,6 @@ from evidence.compare import compare
 from evidence.profile import Profile
 from evidence.runner import Runner
 from evidence.schedule import run_all
-from evidence.summary import read_evidence
 from evidence.tasks import load_tasks
 from quickstart import HUB_MODEL
 from quickstart_data import fetch_model
@@ -66,7 +65,7 @@ def make_runner(threads: int, *arguments: Any) -> Runner:
 
 def report(results: Path, to: Path, readme: Path | None) -> None:
     """Write a page and its pictures from what is in `results`, and the README's table where there is a README."""
-    evidence, others = read_evidence(results), page.read_others(results)
+    evidence, others = page.read_results(results), page.read_others(results)
     pictures = plots.save_plots(evidence, results, to.with_suffix(""))
     texts = {to: page.page(evidence, results, [f"{to.stem}/{name}" for name in pictures], others)}
     if readme is not None:

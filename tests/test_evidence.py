@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 import subprocess
@@ -52,6 +53,7 @@ adapt, base, bigbench, choose, claims, defaults, page, plots, problem, profile, 
     )
 )
 answers = load_benchmark("answers")
+environment = load_benchmark("environment")
 ROOT = BENCHMARKS.parent
 PROFILES = sorted((BENCHMARKS / "evidence" / "profiles").glob("*.yaml"))
 
@@ -556,6 +558,74 @@ def test_seconds_of_two_machines_are_not_compared():
     assert "| `affinity:proxy/fifth/robin` | `heads:random/late` | 50.0 | 1.500 |  |" in table
 
 
+def test_seconds_of_heads_and_rows_that_were_found_elsewhere_are_not_compared(results, tmp_path):
+    key = ("mixed", "copy", *claims.P2D, 3)
+    folder = tmp_path / "results"
+    shutil.copytree(results[0], folder)
+    assert summary.read_evidence(folder).aer(summary.read_evidence(folder).lines[key]) is not None
+    cell = a_cell("mixed", "copy", *claims.P2D)
+    chooser = choose.Chooser(folder, None, None, None, None, 1)
+    assert chooser.machines(cell, 0) == [environment.machine()]
+    for path in (folder / "rows").glob("mixed-copy-*"):
+        content = json.loads(path.read_text())
+        del content["machine"]  # as files had none before
+        path.write_text(json.dumps(content))
+    assert chooser.machines(cell, 0) == [environment.machine(), choose.UNKNOWN_MACHINE]
+    for path in (folder / "arms").glob("mixed-copy-*"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "chosen_on": chooser.machines(cell, 0)}))
+    assert summary.read_evidence(folder).aer(summary.read_evidence(folder).lines[key]) is None
+
+
+def test_what_was_run_once_more_measures_what_ran_there():
+    other, key = {"cpu": "two"}, ("mixed", "a", *claims.P2D, 3)
+
+    def there(sides, targets="abcd"):
+        """All of the sides as they are on the other machine."""
+        evidence = evidence_of(sides, targets=targets)
+        for side in sides:
+            run_on(evidence, other, side, 0, 1)
+        return evidence
+
+    # bm25's rows were chosen and trained on by the other machine
+    bm25 = ("bm25/robin", claims.P2D[1])
+    first = run_on(evidence_of({**SIDES, bm25: SIDES[claims.P2D]}), other, bm25, 0, 1)
+    line = first.lines["mixed", "a", *bm25, 3]
+    assert first.aer(line) is None
+    twice_as_slow = {**SIDES, ("full", "full"): (*SIDES["full", "full"][:1], 50.0, *SIDES["full", "full"][2:])}
+    again = there(twice_as_slow)
+    both = dataclasses.replace(first, again=again)
+    assert both.aer(line) == pytest.approx(0.16) and both.aer(both.lines[key]) == pytest.approx(0.08)
+    assert not both.timed(line)  # beside the first machine's seconds its own say nothing
+    assert "have their AER by full fine-tuning there, and no seconds" in page._untimed(both)
+    # what holds on one machine only does not hold
+    assert claims.judge(first)[3].verdict == claims.HELD
+    whole = claims.judge(both)[3]
+    assert whole.verdict == claims.NOT_HELD
+    assert "once more on another machine: AER 0.160 (a 0.160, b 0.160, c 0.160, d 0.160)" in whole.figures
+    # of half of the targets, or as cheap there, it changes nothing
+    for again in (there(twice_as_slow, "ab"), there(SIDES)):
+        assert claims.judge(dataclasses.replace(first, again=again))[3].verdict == claims.HELD
+
+
+def test_the_page_says_whether_what_was_run_once_more_is_the_same(results, tmp_path):
+    folder, again = tmp_path / page.MAIN, tmp_path / page.RERUN
+    for to in (folder, again):
+        shutil.copytree(results[0], to)
+    path = next((again / "arms").glob("mixed-copy-*"))
+    arm = json.loads(path.read_text())
+    arm["test"]["copy"]["nll"] += 0.25
+    path.write_text(json.dumps(arm))
+    evidence = page.read_results(folder)
+    text = page._again(evidence, folder)
+    n_arms = evidence.arms
+    assert f"{n_arms} of the arms were run once more (`{page.RERUN}`)" in text
+    n_judged = int(re.search(r"Of (\d+) judgements", text)[1])
+    assert f"exact match, {n_judged - 1} are equal" in text and "It took 1.00 times the CPU seconds" in text
+    aer = f"{evidence.aer(evidence.lines['mixed', 'count', *claims.P2D, 3]):.3f}"
+    assert f"| count | `{claims.P2D[0]}` | `{claims.P2D[1]}` | {aer} | {aer} |" in text
+    assert page.read_results(again).again is None and page._again(page.read_results(again), again) == ""
+
+
 def test_defaults_stand_against_what_was_run_in_their_place():
     found = {
         (a.field, a.instead): (comparison, seconds) for a, comparison, seconds in defaults.measured(evidence_of(SIDES))
@@ -613,7 +683,7 @@ def test_the_report(results, tmp_path):
 def test_what_is_published_is_what_the_results_say(folder, name):
     """These pages and the README's table are made by `run_evidence.py report`, and not by hand."""
     results = run_evidence.RESULTS.with_name(folder)
-    evidence, others = summary.read_evidence(results), page.read_others(results)
+    evidence, others = page.read_results(results), page.read_others(results)
     found = {path.name for path in (ROOT / "docs" / name).glob("*.svg")}
     pictures = [f"{name}/{picture}" for picture in page.PICTURES if picture in found]
     assert (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") == page.page(evidence, results, pictures, others)

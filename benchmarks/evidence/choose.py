@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import now
+from environment import machine, now
 from localize import CHOICES
+from localize_report import distinct
 from torch import nn
 from trl import SFTConfig
 
@@ -27,6 +28,8 @@ from .profile import ALL_HEADS, PARTS, Cell
 
 
 HEADS, ROWS = "heads", "rows"
+# of files that do not say where they were made
+UNKNOWN_MACHINE = {"cpu": "unknown"}
 
 
 @dataclasses.dataclass
@@ -80,7 +83,7 @@ class Chooser:
 
     def scores(self, problem: Split, cell: Cell, method: str, seed: int) -> tuple[HeadScores, Seconds]:
         """The scores that a method gives the heads on the target's samples, and what finding them took."""
-        path = self.folder / HEADS / f"{cell.target}-{method}-seed{seed}.json"
+        path = self._heads_file(cell, method, seed)
         if not path.exists():
             with Stopwatch() as watch:
                 batches: list[Any] = []
@@ -96,14 +99,13 @@ class Chooser:
                     number = zlib.crc32(f"{cell.target} {seed}".encode())
                     scores = localize_heads(model, batches, method, seed=number)  # type: ignore[arg-type]
             scores = dataclasses.replace(scores, model_id=None)  # a path here
-            write_json(path, {"scores": scores.to_dict(), "seconds": dataclasses.asdict(watch.seconds)})
+            _write(path, watch.seconds, scores=scores.to_dict())
         content = read_json(path)
         return HeadScores.from_dict(content["scores"]), Seconds(**content["seconds"])
 
     def localize_seconds(self, problem: Split, cell: Cell, seed: int) -> Seconds:
         """What finding the heads took that a cell scores by and trains: once, where one method finds both."""
-        methods = {cell.data.heads, cell.parameters.method} - {None, ALL_HEADS}
-        of_each = [self.scores(problem, cell, method, seed)[1] for method in methods if method]
+        of_each = [self.scores(problem, cell, method, seed)[1] for method in _methods(cell)]
         return Seconds(sum(seconds.wall for seconds in of_each), sum(seconds.cpu for seconds in of_each))
 
     def trained_heads(self, problem: Split, cell: Cell, seed: int) -> HeadSet | None:
@@ -133,8 +135,7 @@ class Chooser:
         data = cell.data
         if data.scorer == "full":
             return list(range(len(problem.pool))), Seconds()
-        name = str(data).replace(":", ".").replace("/", "_")
-        path = self.folder / ROWS / f"{cell.setting}-{cell.target}-{name}-seed{seed}.json"
+        path = self._rows_file(cell, seed)
         if not path.exists():
             model = self.load()
             selector = P2DDataSelector(
@@ -153,6 +154,29 @@ class Chooser:
                 selector.select(as_dataset(problem.pool))
             if selector.scores is None or selector.scores.isnan().any():
                 raise ValueError(f"{path.name}: rows without an answer to score")
-            write_json(path, {"rows": selector.rows, "seconds": dataclasses.asdict(watch.seconds)})
+            _write(path, watch.seconds, rows=selector.rows)
         content = read_json(path)
         return content["rows"], Seconds(**content["seconds"])
+
+    def machines(self, cell: Cell, seed: int) -> list[dict[str, Any]]:
+        """Where what finding a cell's heads and rows took was measured, once it was; each machine once."""
+        files = [self._heads_file(cell, method, seed) for method in _methods(cell)]
+        if cell.data.scorer != "full":
+            files.append(self._rows_file(cell, seed))
+        return distinct(read_json(path).get("machine", UNKNOWN_MACHINE) for path in files)
+
+    def _heads_file(self, cell: Cell, method: str, seed: int) -> Path:
+        return self.folder / HEADS / f"{cell.target}-{method}-seed{seed}.json"
+
+    def _rows_file(self, cell: Cell, seed: int) -> Path:
+        name = str(cell.data).replace(":", ".").replace("/", "_")
+        return self.folder / ROWS / f"{cell.setting}-{cell.target}-{name}-seed{seed}.json"
+
+
+def _methods(cell: Cell) -> set[str]:
+    """The methods that find the heads by which a cell scores and those that it trains."""
+    return {method for method in (cell.data.heads, cell.parameters.method) if method not in (None, ALL_HEADS)}
+
+
+def _write(path: Path, seconds: Seconds, **found: Any) -> None:
+    write_json(path, {**found, "seconds": dataclasses.asdict(seconds), "machine": machine()})

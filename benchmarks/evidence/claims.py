@@ -197,8 +197,6 @@ def _whole(evidence: Evidence, side: tuple[str, str] = P2D) -> Claim:
     same_rows = (side[0], LORA[1])
     full = compare(evidence, side, REFERENCE, epochs=EPOCHS)
     lora = compare(evidence, side, same_rows, epochs=EPOCHS)
-    ours, theirs = _lines(evidence, side), _lines(evidence, same_rows)
-    aers = _aers(evidence, ours)
     if full is None:
         return Claim(text, UNDECIDED, [])
     of_targets = ", ".join(f"{target} {points(found)}" for target, found in full.of_targets.items())
@@ -208,23 +206,57 @@ def _whole(evidence: Evidence, side: tuple[str, str] = P2D) -> Claim:
         figures.append(
             f'"within a point" is said of the mean alone; its interval reaches {100 * full.exact_match["low"]:+.1f} points'
         )
-    mean_aer = _mean(aers)
-    timed = len(aers) == len(ours) and comparable([*ours.values(), *theirs.values()])
-    if mean_aer is not None and timed:
-        figures.append(f"AER {mean_aer:.3f} ({', '.join(f'{target} {aer:.3f}' for target, aer in aers.items())})")
-        held = held and mean_aer <= MOST_AER
+    cost = _cost(evidence, side, same_rows)
+    again = evidence.again and _cost(evidence.again, side, same_rows)
+    if cost is not None:
+        figures.append(cost.aer)
     if lora is not None:
         figures.append(_figure("against LoRA on the same rows", lora))
-    if lora is not None and timed:
+    if cost is not None:
+        figures += cost.rates
+        held = held and cost.low_enough
+    if again:
+        figures += [f"once more on another machine: {figure}" for figure in (again.aer, *again.rates)]
+        # of fewer targets it is another mean, by which nothing is decided
+        held = held and (again.low_enough or again.n_targets < len(full.of_targets))
+    open_ = held and (lora is None or cost is None)
+    return Claim(text, UNDECIDED if open_ else _settled(held, len(full.of_targets)), figures)
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """
+    What a side costs on one machine.
+
+    Args:
+        low_enough (`bool`): Whether it is as low as claimed, over `n_targets` (`int`).
+        aer (`str`), rates (`list[str]`): The figures; without LoRA's arms none of `rates`.
+    """
+
+    low_enough: bool
+    n_targets: int
+    aer: str
+    rates: list[str]
+
+
+def _cost(evidence: Evidence, side: tuple[str, str], lora: tuple[str, str]) -> _Cost | None:
+    """AER, and exact match for the time against LoRA's; None without comparable seconds of each target."""
+    ours, theirs = _lines(evidence, side), _lines(evidence, lora)
+    aers = _aers(evidence, ours)
+    mean = _mean(aers)
+    if mean is None or len(aers) < len(ours) or not comparable([*ours.values(), *theirs.values()]):
+        return None
+    figure = f"AER {mean:.3f} ({', '.join(f'{target} {aer:.3f}' for target, aer in aers.items())})"
+    low_enough, per_second = mean <= MOST_AER, []
+    if theirs:
         rates = [
             sum(line.mean("exact_match") for line in lines.values())
             / sum(line.seconds("localize", "select", "train") for line in lines.values())
             for lines in (ours, theirs)
         ]
-        figures.append(f"exact match per 1,000 s: {100_000 * rates[0]:.0f} points, LoRA {100_000 * rates[1]:.0f}")
-        held = held and rates[0] >= rates[1]
-    open_ = held and (lora is None or not timed)
-    return Claim(text, UNDECIDED if open_ else _settled(held, len(full.of_targets)), figures)
+        per_second.append(f"exact match per 1,000 s: {100_000 * rates[0]:.0f} points, LoRA {100_000 * rates[1]:.0f}")
+        low_enough = low_enough and rates[0] >= rates[1]
+    return _Cost(low_enough, len(ours), figure, per_second)
 
 
 def _forgetting(evidence: Evidence, side: tuple[str, str] = P2D) -> Claim:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,7 @@ from p2d_peft.heads import HeadScores
 from . import bigbench, claims
 from .choose import HEADS
 from .claims import ALL_TARGETS, EPOCHS, HELD, NOT_HELD, P2D, Claim, coupling, judge, variants
+from .compare import compare
 from .defaults import TRIED, measured
 from .profile import Parameters, Profile
 from .summary import Evidence, Line, Result, read_evidence
@@ -41,7 +43,18 @@ GONE = ("claims.yaml", "claims2.yaml", "claims3.yaml", "fifth.yaml", "late.yaml"
 RESULTS, MAIN = Path(__file__).parent.parent / "results", "evidence"
 # and the folder and the page of the tasks that no default was chosen by
 OTHERS, OTHERS_PAGE = "evidence_other_tasks", "other-tasks.md"
+# and some of the main folder's arms, run once more on another machine
+RERUN = "evidence_rerun"
 README_START, README_END = "<!-- results: made by benchmarks/run_evidence.py report -->", "<!-- end of results -->"
+
+
+def read_results(results: Path) -> Evidence:
+    """Everything in a folder of results; with our main results what was run once more."""
+    evidence = read_evidence(results)
+    folder = results.with_name(RERUN)
+    if results.name == MAIN and folder.is_dir():
+        return dataclasses.replace(evidence, again=read_evidence(folder))
+    return evidence
 
 
 def read_others(results: Path) -> Evidence | None:
@@ -104,6 +117,7 @@ def page(evidence: Evidence, results: Path, pictures: list[str], others: Evidenc
         _rates(evidence),
         "## Where it was run",
         _provenance(evidence),
+        _again(evidence, results),
         _gone_profiles(evidence),
     ]
     if planned := _planned(evidence):
@@ -160,11 +174,18 @@ def _to_rerun(evidence: Evidence, results: Path) -> str:
 def _untimed(evidence: Evidence) -> str:
     untimed = [line for line in evidence.lines.values() if not evidence.timed(line)]
     reasons = []
+    measured_elsewhere = any(evidence.aer(line) is not None for line in untimed)
     if any(line.alone for line in untimed):
         reasons.append("arms and what they are measured by were run on several machines")
     if not all(line.alone for line in untimed):
         reasons.append("processes shared a GPU, where what one of them takes is no measure of what it takes alone")
-    return f"Where it and the seconds are left out, {', or '.join(reasons)}. " if reasons else ""
+    if not reasons:
+        return ""
+    elsewhere = (
+        "Lines of the machine that [some arms were run on once more](#once-more-on-another-machine) have their AER by full "
+        "fine-tuning there, and no seconds. " * measured_elsewhere
+    )
+    return f"{elsewhere}Where it and the seconds are left out, {', or '.join(reasons)}. "
 
 
 def _not_run(evidence: Evidence, planned: Path) -> str:
@@ -494,6 +515,28 @@ def _provenance(evidence: Evidence) -> str:
         f"- {_machine(where['machine'])}; threads a process: {where['threads']}; "
         + ", ".join(f"{name} {version}" for name, version in where["versions"].items())
         for where in evidence.provenance
+    )
+
+
+def _again(evidence: Evidence, results: Path) -> str:
+    """Whether what was run once more ended the same, and what it cost there."""
+    if evidence.again is None:
+        return ""
+    folder = results.with_name(RERUN)
+    found = compare(folder, results)
+    there, here = found["cpu_seconds"]
+    rows = []
+    for key, line in evidence.again.lines.items():
+        first = evidence.lines.get(key)
+        aers = [evidence.again.aer(line), first and evidence.aer(first)]
+        if line.data != "full" and None not in aers:
+            rows.append([line.target, f"`{line.data}`", f"`{line.parameters}`", *(f"{aer:.3f}" for aer in aers[::-1])])
+    return (
+        f"### Once more on another machine\n\n{found['arms']} of the arms were run once more (`{_folder(folder)}`), on:\n\n"
+        f"{_provenance(evidence.again)}\n\nOf {found['judgements']} judgements, NLL and exact match, {found['equal']} are equal "
+        f"to the last digit. It took {there / here:.2f} times the CPU seconds. The AER is not the same, since what a stage "
+        "takes of a training differs from one machine to another:\n\n"
+        + _markdown(["target", "rows chosen by", "weights trained", "AER", "AER there"], sorted(rows))
     )
 
 

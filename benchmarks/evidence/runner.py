@@ -167,6 +167,7 @@ class Runner:
                 "localize": dataclasses.asdict(localize),
                 "train": dataclasses.asdict(watch.seconds),
             },
+            "chosen_on": self.chooser.machines(cell, seed),
             "training": log,
             "peak_memory_bytes": memory.bytes,
             "memory_kind": memory_kind(),

@@ -64,8 +64,13 @@ class Line:
 
     @property
     def machines(self) -> list[Result]:
-        """What its arms were run on, each once."""
-        return distinct(result["machine"] for result in self.results.values())
+        """What its arms, and the finding of their heads and rows, were run on, each once."""
+        return distinct(
+            machine
+            for result in self.results.values()
+            # an arm that does not say where they were found was run where they were
+            for machine in (result["machine"], *result.get("chosen_on", []))
+        )
 
     def seconds(self, *stages: str) -> float:
         """Over the seeds, the mean of what stages took: the process's own seconds on a CPU, else the clock's."""
@@ -94,6 +99,7 @@ class Evidence:
         arms (`int`): How many arms there are.
         provenance (`list[dict]`): The machines and versions of the arms, each once.
         commands (`list[str]`): What the arms were called with, each once.
+        again (`Evidence`, *optional*): Some of the arms once more, on another machine.
     """
 
     settings: Result
@@ -103,6 +109,7 @@ class Evidence:
     arms: int
     provenance: list[Result]
     commands: list[str]
+    again: Evidence | None = None
 
     @property
     def targets(self) -> list[str]:
@@ -111,13 +118,14 @@ class Evidence:
 
     def aer(self, line: Line) -> float | None:
         """
-        Seconds of all stages over those of full fine-tuning on all of the pool for as many epochs; None without that
-        reference, or where the two can't be compared, see [`comparable`].
+        Seconds of all stages over those of full fine-tuning on all of the pool for as many epochs, here or `again`; None
+        without such a reference, or where the two can't be compared, see [`comparable`].
         """
-        reference = self.reference(line)
-        if reference is None or not comparable([line, reference]):
-            return None
-        return line.seconds("localize", "select", "train") / reference.seconds("train")
+        measures = [self.reference(line)] + ([self.again.reference(line)] if self.again else [])
+        for reference in measures:
+            if reference is not None and comparable([line, reference]):
+                return line.seconds("localize", "select", "train") / reference.seconds("train")
+        return None
 
     def reference(self, line: Line) -> Line | None:
         """Full fine-tuning on all of a line's pool for as many epochs, whichever targets it was tested on."""
