@@ -716,7 +716,7 @@ def test_the_published_arms_commands_can_be_followed():
     """But for those of the time when cells' names were cut, of which the page tells: no other may come."""
     commands = [
         command
-        for folder in ("evidence", "evidence_gsm8k", "evidence_other_tasks")
+        for folder in ("evidence", "evidence_gsm8k", "evidence_other_tasks", "evidence_rerun")
         for command in summary.read_evidence(run_evidence.RESULTS.with_name(folder)).commands
     ]
     gone, cut = set(), 0

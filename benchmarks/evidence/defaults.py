@@ -43,6 +43,10 @@ def _layers(instead: str, parameters: str) -> Alternative:
     return Alternative("train_last_layers", instead, (TRIED[0], P2D[1]), (TRIED[0], parameters))
 
 
+def _method(instead: str, method: str) -> Alternative:
+    return Alternative("localize_method", instead, P2D, (P2D[0], P2D[1].replace("proxy", method)))
+
+
 def _rows(field: str, instead: str, data: str, setting: str = "mixed") -> Alternative:
     return Alternative(field, instead, P2D, (data, P2D[1]), setting)
 
@@ -58,9 +62,8 @@ def _ratio(instead: str, data: str) -> Alternative:
 ALTERNATIVES = (
     _layers("heads of all layers", "heads:proxy"),
     _layers("heads of the last third of the layers", "heads:proxy/last"),
-    Alternative("localize_method", "random heads", P2D, (P2D[0], "heads:random/late")),
-    Alternative("localize_method", "`gate`", P2D, (P2D[0], "heads:gate/late")),
-    Alternative("localize_method", "`gain`", P2D, (P2D[0], "heads:gain/late")),
+    _method("random heads", "random"),
+    *(_method(f"`{method}`", method) for method in ("gate", "gain", "taylor", "fisher", "agreement", "magnitude")),
     _heads("a hundredth", f"{TRIED[1]}@0.01"),
     _heads("a twentieth", f"{TRIED[1]}@0.05"),
     _heads("three tenths", f"{TRIED[1]}@0.3"),
@@ -71,6 +74,9 @@ ALTERNATIVES = (
     _rows("scorer", "`less`", "less/robin"),
     _rows("scorer", "`gradient`", "gradient:proxy/robin"),
     _rows("scorer", "`icl`, the paper's", "icl:proxy"),
+    _rows("scorer", "`influence`", "influence:proxy"),
+    _rows("scorer", "`ifd`", "ifd"),
+    _rows("scorer", "`perplexity`", "perplexity"),
     _rows("score_first_layers", "heads of the first third of the layers", "affinity:proxy/first/robin"),
     _rows("score_first_layers", "heads of all layers", "affinity:proxy/robin"),
     _rows("round_robin", "the best scores", "affinity:proxy/fifth", "own"),
