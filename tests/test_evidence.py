@@ -420,7 +420,7 @@ def test_what_the_defaults_were_chosen_among_is_judged_as_they_are():
     text = page._variants(evidence)
     assert (
         "holds for 2 of these 3, claim 5 for 1, and both for 1." in text
-        and text.count("| 0.200 | not held | not held |") == 1
+        and text.count("| 8 | 0.200 | not held | not held |") == 1
     )
     assert (
         "No arms are in the folder of `affinity:proxy/first/robin` with `heads:proxy/last`, `affinity:proxy`" in text

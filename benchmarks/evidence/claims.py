@@ -67,12 +67,14 @@ class Variant:
     Args:
         side (`tuple[str, str]`): The rows and the weights.
         exact_match (`dict`, *optional*): Against full fine-tuning; None where it has no arms.
+        pairs (`int`): Of how many pairs of target and seed.
         aer (`float`, *optional*): The mean over the targets.
         whole (`str`), forgetting (`str`): The verdicts.
     """
 
     side: tuple[str, str]
     exact_match: dict[str, Any] | None
+    pairs: int
     aer: float | None
     whole: str
     forgetting: str
@@ -84,9 +86,8 @@ def variants(evidence: Evidence) -> list[Variant]:
     for side in (P2D, *VARIANTS):
         full = compare(evidence, side, REFERENCE, epochs=EPOCHS)
         verdicts = [claim(evidence, side).verdict for claim in (_whole, _forgetting)]
-        found.append(
-            Variant(side, full and full.exact_match, _mean(_aers(evidence, _lines(evidence, side))), *verdicts)
-        )
+        aer = _mean(_aers(evidence, _lines(evidence, side)))
+        found.append(Variant(side, full and full.exact_match, full.pairs if full else 0, aer, *verdicts))
     return found
 
 
