@@ -138,6 +138,10 @@ def main(
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=_name_on_hub(script_args, dataset_args))
         trainer.accelerator.print(f"pushed to https://huggingface.co/{trainer.hub_model_id}")
+    # DDP before the process group: the group's last reference is freed by it else, which waits, with Python's lock held, for a
+    # thread that may wait for that lock (torch 2.13, Gloo)
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
     trainer.accelerator.end_training()
 
 

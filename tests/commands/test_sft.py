@@ -138,6 +138,7 @@ def test_what_a_trainer_takes_is_passed_on(recipe, folder, given, tmp_path):
         ("save_model", {}),
         ("log_metrics", {}),
         ("push_to_hub", {"dataset_name": None}),  # a local folder, which nobody finds on the Hub
+        ("free_memory", {}),  # and with it DDP, before the process group
         ("end_training", {}),
     ]
 
