@@ -50,16 +50,17 @@ README_START, README_END = "<!-- results: made by benchmarks/run_evidence.py rep
 
 def read_results(results: Path) -> Evidence:
     """Everything in a folder of results; with our main results what was run once more."""
-    evidence = read_evidence(results)
-    folder = results.with_name(RERUN)
-    if results.name == MAIN and folder.is_dir():
-        return dataclasses.replace(evidence, again=read_evidence(folder))
-    return evidence
+    return dataclasses.replace(read_evidence(results), again=_beside_main(results, RERUN))
 
 
 def read_others(results: Path) -> Evidence | None:
     """Beside our main results, those of the tasks that no default was chosen by, as far as there are any."""
-    folder = results.with_name(OTHERS)
+    return _beside_main(results, OTHERS)
+
+
+def _beside_main(results: Path, name: str) -> Evidence | None:
+    """What the folder of that name holds, if there is one beside our main results and `results` are these."""
+    folder = results.with_name(name)
     return read_evidence(folder) if results.name == MAIN and folder.is_dir() else None
 
 
