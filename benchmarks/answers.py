@@ -44,7 +44,11 @@ def predictions(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Ten
 
 @torch.no_grad()
 def judge_answers(
-    model: nn.Module, batches: Iterable[Batch], eos: int, autocast: Callable[[], AbstractContextManager[Any]]
+    model: nn.Module,
+    batches: Iterable[Batch],
+    eos: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    ends: Iterable[int] = (),
 ) -> dict[str, Any]:
     """
     NLL a token and exact match, over the answers' tokens up to and with the end token.
@@ -54,6 +58,8 @@ def judge_answers(
         batches (`Iterable[Batch]`): `input_ids`, `attention_mask` and `labels` of shape (B, T).
         eos (`int`): The end token's id.
         autocast (`Callable`): Makes the context in which the model runs.
+        ends (`Iterable[int]`, *optional*): Tokens that end an answer as well as the end token does: where that is asked
+            for, each of them is right, and the NLL is that of their probabilities' sum.
 
     Returns:
         `dict`: `nll` (nats a token) and `exact_match` (share of rows), and as `right` whether each row's is exact, in
@@ -64,6 +70,7 @@ def judge_answers(
     """
     nll, n_tokens = 0.0, 0
     right: list[bool] = []
+    ending = torch.tensor(sorted({eos, *ends}))
     for batch in batches:
         if not (batch["labels"][:, 1:] != -100).any(dim=1).all():
             raise ValueError("a row has no answer's token: give it more room (max_length), or leave it out")
@@ -74,10 +81,16 @@ def judge_answers(
         ends = ((labels == eos) & counts).int()
         counts &= ends.cumsum(dim=1) - ends == 0
         losses = functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        found = logits.argmax(dim=-1)
+        if len(ending) > 1:
+            ended = (labels == eos) & counts
+            of_ending = ending.to(labels.device)
+            found = torch.where(ended & torch.isin(found, of_ending), eos, found)
+            losses[ended] = logits[ended].logsumexp(dim=-1) - logits[ended][:, of_ending].logsumexp(dim=-1)
         nll += float(losses[counts].double().sum())
         n_tokens += int(counts.sum())
         # One pass gives the exact match of greedy decoding without decoding: its answer is the right one if and
         # only if at each of the answer's tokens, all before it being right, the most probable token is the right
         # one. That is what the argmax under teacher forcing says, by induction from the first token to the end.
-        right += ((logits.argmax(dim=-1) == labels) | ~counts).all(dim=1).tolist()
+        right += ((found == labels) | ~counts).all(dim=1).tolist()
     return {"nll": nll / n_tokens, "exact_match": sum(right) / len(right), "right": right}

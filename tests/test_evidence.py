@@ -162,6 +162,11 @@ def test_a_profile_in_full(results, with_tiny_tasks, monkeypatch):
     for result in read:
         cell = a_cell("mixed", result["target"], result["data"], result["parameters"])
         _says_what_it_trained_on(result, cell, folder)
+        other = {"copy": "count", "count": "copy"}.get(result["target"])
+        assert (result["other_task"] or {}).get("task") == other
+    for target, other in (("copy", "count"), ("count", "copy")):  # the other task's test rows
+        untrained = [json.loads((folder / "base" / f"{name}.json").read_text()) for name in (target, other)]
+        assert untrained[0]["other_task"]["nll"] == pytest.approx(untrained[1]["test"]["nll"], rel=1e-5)
     # the second seed has the rate that was best on the validation rows
     of_cell = [r for r in read if (r["target"], r["data"], r["parameters"]) == ("copy", *claims.P2D)]
     first = {r["lr"]: r["validation"]["copy"]["nll"] for r in of_cell if r["seed"] == 0}
@@ -209,7 +214,7 @@ def test_an_arm_is_trained_as_it_says(results, tmp_path, monkeypatch):
     given, seeds = [], []
     monkeypatch.setattr(adapt, "train", lambda model, tokenizer, rows, training: given.append((rows, training)) or {})
     monkeypatch.setattr(runner, "set_seed", seeds.append)
-    monkeypatch.setattr(runner.Runner, "_judged", lambda *_, **__: {})
+    monkeypatch.setattr(runner.Runner, "_judged", lambda *_, **__: {"nll": 0.0})
     monkeypatch.setattr(runner.Runner, "_passages", lambda *_: 0.0)
     cell = a_cell("mixed", "copy", *claims.P2D)
     ran.run(profile.Arm(cell, 1, 0.3))
@@ -296,6 +301,34 @@ def test_samples_before_a_question_may_be_longer_than_what_is_trained_on(results
     # what has no room for an answer is no answer that is right
     with pytest.raises(ValueError, match="no answer's token"):
         answers.judge_answers(None, [{"labels": torch.tensor([[-100, 5], [-100, -100]])}], 2, None)
+
+
+def test_after_samples_an_answer_may_end_with_a_line_break():
+    """As theirs do; what goes on after the right answer is another answer all the same."""
+    tokenizer = tiny_tokenizer()
+    ends = base.line_ends(tokenizer)
+    texts = [tokenizer.decode([token]) for token in ends]
+    assert texts and all(text.startswith("\n") for text in texts)
+    line_end, eos, more = ends[0], tokenizer.eos_token_id, next(i for i in range(len(tokenizer)) if i not in ends)
+    labels = torch.tensor([[-100, 5, 6, eos]])
+    batch = {"input_ids": labels.clamp(min=0), "labels": labels, "attention_mask": torch.ones_like(labels)}
+
+    def judged(last, ends):
+        said = torch.tensor([[5, 6, last, 0]])
+        logits = torch.nn.functional.one_hot(said, len(tokenizer)).float() * 9
+
+        def model(input_ids, logits_to_keep, **_):
+            return SimpleNamespace(logits=logits[:, -logits_to_keep:])
+
+        return answers.judge_answers(model, [batch], eos, nullcontext, ends)
+
+    assert judged(eos, [])["right"] == judged(eos, ends)["right"] == judged(line_end, ends)["right"] == [True]
+    assert judged(line_end, [])["right"] == judged(more, ends)["right"] == [False]
+    # the mean over the two answer's tokens and the end, which is the sum over what may end it
+    logits = torch.zeros(len(tokenizer)).index_fill(0, torch.tensor(line_end), 9.0)
+    of_end = logits.logsumexp(0) - logits[sorted({eos, *ends})].logsumexp(0)
+    sure = torch.zeros(len(tokenizer)).index_fill(0, torch.tensor(5), 9.0).log_softmax(0)[5]
+    assert judged(line_end, ends)["nll"] == pytest.approx(float(of_end - 2 * sure) / 3, abs=1e-5)
 
 
 def test_the_stages_that_arms_share_come_first_and_once(tmp_path):
@@ -402,10 +435,71 @@ def test_no_claim_is_decided_by_half_of_the_targets():
     worse = {**SIDES, ("full", "full"): (35, 100.0, 1.0), ("random", claims.P2D[1]): (29, 8.0, 1.0)}
     for sides in (SIDES, worse):
         assert {claim.verdict for claim in claims.judge(evidence_of(sides, targets="ab"))} == {claims.UNDECIDED}
-    # the first one counts: with one target to go and none that is better three can't be reached
+    # the first one counts: with two targets of which none is better three can't be reached
     alike = {**SIDES, (claims.P2D[0], "heads:random/late"): (30, 8.0, 1.5)}
-    verdicts = [claims.judge(evidence_of(alike, targets=targets))[0].verdict for targets in ("ab", "abc")]
-    assert verdicts == [claims.NOT_HELD, claims.NOT_HELD]
+    verdicts = [claims.judge(evidence_of(alike, targets=targets))[0].verdict for targets in ("a", "ab", "abc")]
+    assert verdicts == [claims.UNDECIDED, claims.NOT_HELD, claims.NOT_HELD]
+    # by another method it still can, as long as that one has no more than a target
+    alike |= {
+        (claims.P2D[0], "heads:gain/late"): (30, 8.0, 1.0),
+        (claims.P2D[0], "heads:magnitude/late"): (40, 8.0, 1.0),
+    }
+    for target in "bcd":
+        evidence = evidence_of(alike)
+        for other in set("abcd") - {"a", target}:
+            del evidence.lines["mixed", other, claims.P2D[0], "heads:gain/late", 3]
+        assert claims.judge(evidence)[0].verdict == claims.NOT_HELD
+        del evidence.lines["mixed", target, claims.P2D[0], "heads:gain/late", 3]
+        assert claims.judge(evidence)[0].verdict == claims.UNDECIDED
+
+
+def test_pairs_on_other_rows_stand_beside_the_first_claim_and_do_not_decide_it():
+    data = "affinity:proxy/first/robin"
+    alike = {**SIDES, (claims.P2D[0], "heads:random/late"): (30, 8.0, 1.5)}
+    better = {(data, "heads:proxy/last"): (30, 8.0, 1.0), (data, "heads:random/last"): (10, 8.0, 1.0)}
+    claim = claims.judge(evidence_of({**alike, **better}))[0]
+    assert claim.verdict == claims.NOT_HELD and len(claim.figures) == 2
+    assert claim.figures[1].startswith(f"beside it, on rows by `{data}`: `heads:proxy/last`: +50.0 points")
+
+
+def test_no_worse_is_said_of_the_mean():
+    """In the second claim as in the fifth, and an interval that holds zero does not turn it."""
+    evidence = evidence_of(SIDES)
+    for data, right in ((claims.P2D[0], "1" * 20 + "0" * 20), ("random", "0" * 19 + "1" * 21)):
+        line = evidence.lines["mixed", "a", data, claims.P2D[1], 3]
+        tests = {seed: {**test, "right": right} for seed, test in line.tests.items()}
+        evidence.lines["own", "a", data, claims.P2D[1], 3] = dataclasses.replace(line, setting="own", tests=tests)
+    claim = claims.judge(evidence)[1]
+    assert claim.verdict == claims.NOT_HELD
+    assert claim.figures[2:] == [
+        "own pool: the mean is worse, though the interval holds zero",
+        "the first half holds, the second does not",
+    ]
+
+
+def test_coupling_of_the_heads_that_are_trained_stands_beside_the_third_claim():
+    sides = {**SIDES, claims.SAME_HEADS: (30, 8.0, 1.0), ("affinity:random", "heads:proxy"): (20, 8.0, 1.0)}
+    figures = claims.judge(evidence_of(sides))[2].figures
+    assert figures[2].startswith("where the heads that are trained score, against `affinity:random`: +25.0 points")
+
+
+def test_what_becomes_of_another_task_is_told_where_it_was_judged():
+    evidence = evidence_of(SIDES)
+    assert not any("another task" in figure for figure in claims.judge(evidence)[4].figures)
+    for target in "ab":
+        evidence.base[target]["other_task"] = {"task": "b", "nll": 2.0}
+        for side, nll in ((claims.P2D, 1.5), (claims.LORA, 1.75)):
+            line = evidence.lines["mixed", target, *side, 3]
+            # of one seed, as arms from before it was judged have nothing
+            results = {**line.results, 0: {**line.results[0], "other_task": {"task": "b", "nll": nll}}}
+            evidence.lines["mixed", target, *side, 3] = dataclasses.replace(line, results=results)
+    told = (
+        "NLL of another task's answers -0.250 (pairs: -0.250 to -0.250) nats a token against LoRA, 2 pairs; the change from the base "
+        "model is -0.500 and -0.250"
+    )
+    assert claims.judge(evidence)[4].figures[1] == told
+    again = dataclasses.replace(evidence_of(SIDES), again=evidence)
+    assert claims.judge(again)[4].figures[1] == f"once more on another machine: {told}"
 
 
 def test_what_the_defaults_were_chosen_among_is_judged_as_they_are():
@@ -419,7 +513,7 @@ def test_what_the_defaults_were_chosen_among_is_judged_as_they_are():
     assert found["affinity:proxy", "heads:proxy"].exact_match is None
     text = page._variants(evidence)
     assert (
-        "holds for 2 of these 3, claim 5 for 1, and both for 1." in text
+        "holds for 2 of these 4, claim 5 for 1, and both for 1." in text
         and text.count("| 8 | 0.200 | not held | not held |") == 1
     )
     assert (

@@ -24,8 +24,17 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 def few_shot(rows: list[Row]) -> str:
-    """The first rows with their answers, to be put before a question."""
+    """The first rows with their answers, to be put before a question. An answer ends with a line break, see [`line_ends`]."""
     return "".join(f"{row['prompt']}{row['completion']}\n\n" for row in rows[:SHOTS])
+
+
+def line_ends(tokenizer: Any) -> list[int]:
+    """
+    The tokens that begin with a line break: what a model ends its answer with that was shown answers by [`few_shot`]. It has
+    seen no end token there, so that to ask for one would be to ask for another format than what it was shown.
+    """
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    return [token for token, text in enumerate(texts) if text.startswith("\n")]
 
 
 @torch.no_grad()

@@ -64,6 +64,9 @@ ALTERNATIVES = (
     _layers("heads of the last third of the layers", "heads:proxy/last"),
     _method("random heads", "random"),
     *(_method(f"`{method}`", method) for method in ("gate", "gain", "taylor", "fisher", "agreement", "magnitude")),
+    Alternative(
+        "heads_per_layer", "the best heads of all layers, wherever they lie", P2D, (P2D[0], "heads:proxy/global")
+    ),
     _heads("a hundredth", f"{TRIED[1]}@0.01"),
     _heads("a twentieth", f"{TRIED[1]}@0.05"),
     _heads("three tenths", f"{TRIED[1]}@0.3"),

@@ -12,6 +12,8 @@ from .profile import Cell, Problem
 
 
 Row = dict[str, Any]
+# what stands beside the tasks, by this name
+PASSAGES = "passages"
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def split(tasks: dict[str, list[Row]], cell: Cell, tested: list[str], sizes: Pro
     Raises:
         `ValueError`: if there are not so many rows, or a held-out prompt is in the pool or the target.
     """
-    names = [name for name in tasks if name != "passages"]
+    names = [name for name in tasks if name != PASSAGES]
     if unknown := set(tested) - set(names):
         raise ValueError(f"target {sorted(unknown)} is not one of the tasks {names}.")
     held_out = sizes.test_rows + sizes.validation_rows
@@ -76,7 +78,7 @@ def split(tasks: dict[str, list[Row]], cell: Cell, tested: list[str], sizes: Pro
             rows = _with_wrong_answers(rows, sizes.wrong, random.Random(f"wrong {name} {seed}"))
         pool += rows
     random.Random(f"pool {seed}").shuffle(pool)
-    made = Split(pool, target, validation, test, [row["text"] for row in tasks["passages"][: sizes.passages]])
+    made = Split(pool, target, validation, test, [row["text"] for row in tasks[PASSAGES][: sizes.passages]])
     _check_apart(made)
     return made
 

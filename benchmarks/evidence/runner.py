@@ -23,9 +23,9 @@ from p2d_peft.memory import PeakMemory, memory_kind
 from p2d_peft.selection.samples import prepare_samples
 
 from . import adapt
-from .base import few_shot, judge_options, judge_passages
+from .base import few_shot, judge_options, judge_passages, line_ends
 from .choose import Chooser, Stopwatch
-from .problem import Row, Split, as_dataset, split
+from .problem import PASSAGES, Row, Split, as_dataset, split
 from .profile import ANY, Arm, Cell, Profile
 
 
@@ -110,6 +110,11 @@ class Runner:
     def _problem(self, cell: Cell, seed: int) -> Split:
         return split(self.tasks, cell, self._tested(cell), self.profile.problem, seed)
 
+    def _other_task(self, target: str) -> str | None:
+        """The task after the target, of which one sees what training on the target does to others; None where there is no other."""
+        names = [name for name in self.tasks if name != PASSAGES]
+        return None if target == ANY or len(names) < 2 else names[(names.index(target) + 1) % len(names)]
+
     # -- arms
 
     def path(self, arm: Arm) -> Path:
@@ -158,6 +163,7 @@ class Runner:
             if seed == self.profile.seeds[0]
             else None,
             "passages_nll": self._passages(model, problem),
+            "other_task": self._judged_on_other(model, cell.target),
             "rows": len(rows),
             "rows_of_target": sum(row["task"] == cell.target for row in chosen),
             "rows_right": sum(row["right"] for row in chosen),
@@ -192,28 +198,39 @@ class Runner:
             "target": target,
             "test": self._judged(model, problem.test[target], options=True),
             "few_shot": self._judged(
-                model, [{**row, "prompt": shots + row["prompt"]} for row in problem.test[target]], whole=True
+                model, [{**row, "prompt": shots + row["prompt"]} for row in problem.test[target]], after_shots=True
             ),
             "passages_nll": self._passages(model, problem),
+            "other_task": self._judged_on_other(model, target),
             **self._provenance(),
         }
         write_json(path, result)
 
     # -- what a model is worth
 
-    def _judged(self, model: nn.Module, rows: list[Row], options: bool = False, whole: bool = False) -> dict[str, Any]:
-        arguments = copy.copy(self.arguments)
-        if whole:  # samples before the question may be longer than what is trained on
-            arguments.max_length = None
+    def _judged(
+        self, model: nn.Module, rows: list[Row], options: bool = False, after_shots: bool = False
+    ) -> dict[str, Any]:
+        arguments, ends = copy.copy(self.arguments), []
+        if after_shots:  # samples before the question may be longer than what is trained on
+            arguments.max_length, ends = None, line_ends(self.tokenizer)
         samples = prepare_samples(as_dataset(rows), self.tokenizer, arguments, name="test")
         batches = (batch for _, batch in samples.batches(2 * self.profile.training.batch_size, self.device))
-        found = judge_answers(model, batches, self.tokenizer.eos_token_id, self._autocast)
+        found = judge_answers(model, batches, self.tokenizer.eos_token_id, self._autocast, ends)
         # in an order that is the same for all arms: results are compared row by row
         found["right"] = "".join("1" if right else "0" for right in found["right"])
         if options:
             asked = rows[: self.profile.problem.option_rows]
             found |= judge_options(model, asked, self.tokenizer, self.arguments, self._autocast)
         return found
+
+    def _judged_on_other(self, model: nn.Module, target: str) -> dict[str, Any] | None:
+        """The NLL of another task's test rows, which are in no pool and no target."""
+        name = self._other_task(target)
+        if name is None:
+            return None
+        found = self._judged(model, self.tasks[name][: self.profile.problem.test_rows])
+        return {"task": name, "nll": found["nll"]}
 
     def _passages(self, model: nn.Module, problem: Split) -> float:
         length = self.profile.training.max_tokens_of_passage

@@ -52,13 +52,20 @@ def attention_weights(model: nn.Module, geometry: ModelGeometry, method: str) ->
         method (`str`): The localization method that asks, for the error message.
 
     Raises:
-        `ValueError`: if a weight is quantized or on the meta device: neither its values nor its gradients can be used.
+        `ValueError`: if a weight is quantized or on the meta device, where neither its values nor its gradients can be used, or is
+            sharded over processes.
     """
     weights: AttentionWeights = {}
     for attention in geometry.values():
         for name in dict.fromkeys(attention.units(role).module for role in ROLES):
             layer = base_layer(model.get_submodule(name))
             weight = layer.weight
+            if isinstance(weight, torch.Tensor) and is_sharded(weight):
+                raise ValueError(
+                    f"`method`='{method}' needs whole weights, but '{name}.weight' is sharded over processes (FSDP, DeepSpeed). "
+                    "Localize before the model is sharded, as P2DTrainer does, or use a method that looks at no weights: 'gate' "
+                    "or 'ablation' ('random' as the control)."
+                )
             if not isinstance(weight, nn.Parameter) or weight.dtype not in FLOATS or weight.is_meta:
                 raise ValueError(
                     f"`method`='{method}' needs floating-point weights, but '{name}.weight' is {weight.dtype} on "
@@ -67,6 +74,12 @@ def attention_weights(model: nn.Module, geometry: ModelGeometry, method: str) ->
                 )
             weights[name] = ProjectionWeight(weight, isinstance(layer, Conv1D))
     return weights
+
+
+def is_sharded(weight: torch.Tensor) -> bool:
+    """Whether a process has a part of a weight only, by FSDP2, by FSDP1 or by DeepSpeed's ZeRO-3."""
+    # FSDP1 and ZeRO-3 leave nothing in its place between passes
+    return hasattr(weight, "placements") or hasattr(weight, "ds_id") or not weight.numel()
 
 
 def require_only(model: nn.Module, weights: AttentionWeights) -> None:

@@ -24,7 +24,7 @@ from ..model_checks import check_runnable, check_vocabulary
 from ..model_state import model_device, preserved_state, uncompiled
 from ..passed_tokens import passed_tokens
 from ..printable import shown
-from .fingerprint import NotHashable, generation_fingerprint, hash_of, run_fingerprint
+from .fingerprint import NotHashable, code_of, generation_fingerprint, hash_of, run_fingerprint
 from .pool import rows_of
 from .pool_scores import PoolScores, nothing_counts, put_together
 from .progress import ScoringProgress
@@ -252,6 +252,7 @@ class ScoringEngine:
     def _fingerprint(self, sample: Samples | None, target: Samples | None) -> dict[str, str]:
         named = {
             "per_target": str(self.per_target),
+            "scorer_code": code_of(self.scorer.open),
             "scorer_options": hash_of("scorer", self.scorer.options),
             "formatting_func": hash_of("formatting_func", self.formatting_func),
         }

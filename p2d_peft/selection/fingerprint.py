@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import json
 import pickle
 from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from types import CodeType
 from typing import Any
 
 import torch
+import transformers
 from accelerate.utils import align_module_device
 from datasets.fingerprint import Hasher
 from peft import PeftModel
@@ -126,8 +130,12 @@ def _adapters(model: nn.Module) -> Iterator[dict[str, Any]]:
 
 
 def _text(value: Any) -> str:
+    return str(_in_order(value) if isinstance(value, set | frozenset) else value)
+
+
+def _in_order(value: Any) -> str:
     # the order of a set differs from process to process
-    return str(sorted(map(str, value)) if isinstance(value, set | frozenset) else value)
+    return repr(sorted(map(repr, value)) if isinstance(value, set | frozenset) else value)
 
 
 class NotHashable(ValueError):  # noqa: N818 (it says of what)
@@ -145,6 +153,23 @@ def hash_of(name: str, value: Any) -> str:
         return str(Hasher.hash(value))
     except (pickle.PickleError, TypeError, AttributeError, NotImplementedError) as error:
         raise NotHashable(f"`{name}` cannot be hashed ({error}).") from error
+
+
+def code_of(function: Any) -> str:
+    """
+    A checksum of a function's code, without what it refers to: another function of the same name has another one. Of what is
+    written in no Python there is none.
+    """
+    while isinstance(function, functools.partial):
+        function = function.func
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return hashlib.sha256(_code_text(code).encode()).hexdigest()[:16] if code is not None else ""
+
+
+def _code_text(code: CodeType) -> str:
+    # functions within it are among its constants; where they were written does not count
+    constants = [_code_text(value) if isinstance(value, CodeType) else _in_order(value) for value in code.co_consts]
+    return repr((code.co_code, code.co_names, code.co_varnames, code.co_freevars, constants))
 
 
 def run_fingerprint(
@@ -169,6 +194,11 @@ def run_fingerprint(
         "tokenizer": hash_of("processing_class", tokenizer),
         "arguments": str({name: getattr(args, name) for name in _ARGUMENTS}),
         "autocast": str(autocast),
+        # which round in their own ways
+        "device": kind,
+        "attention": str(getattr(getattr(model, "config", None), "_attn_implementation", None)),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "batch_size": str(batch_size),
         "seed": str(seed),
         "sample": _samples_fingerprint(sample),

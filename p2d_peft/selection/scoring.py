@@ -127,8 +127,8 @@ class Scorer:
             depend on the model's `generation_config`.
         whole_pool (`bool`, *optional*, defaults to `False`): Whether all samples of the pool have to be in one call.
         options (`Any`, *optional*): What its scores depend on beside the context and its name: a number, a tuple, a
-            function. Where name and options are those of an earlier run, scores in a `cache_dir` are taken over; where they
-            cannot be pickled none are kept.
+            function. Where name, options and the code of `open` are those of an earlier run, scores in a `cache_dir` are taken
+            over; where options cannot be pickled none are kept.
     """
 
     name: str

@@ -5,6 +5,8 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, IterableDataset
 
 from p2d_peft import P2DConfig
@@ -373,3 +375,26 @@ def test_the_default_is_proxy_where_there_are_weights():
     assert default_method(model) == "proxy"
     assert default_method(model.to("meta")) == "gate"
     assert needs_weights("proxy") and not needs_weights("gate")
+
+
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sharded_model_is_localized_by_what_looks_at_no_weights(method, one_process):
+    batch = random_batch()
+    expected = localize_heads(tiny_model(), [batch], method).values
+    model = tiny_model()
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+    if needs_weights(method):
+        message = rf"`method`='{method}' needs whole weights, but '.*q_proj.weight' is sharded .* before the model is sharded"
+        with pytest.raises(ValueError, match=message):
+            localize_heads(model, [batch], method)
+    else:
+        torch.testing.assert_close(localize_heads(model, [batch], method).values, expected, rtol=1e-4, atol=1e-6)

@@ -435,7 +435,7 @@ engine.SHARD_ROWS = 5
 found = {}
 for scorer in SCORERS:
     for kind, pool in (("dataset", prompt_completion()), ("stream", prompt_completion().to_iterable_dataset())):
-        chosen = selector(scorer=scorer, ratio=0.3, cache_dir=sys.argv[1] + "/scores")
+        chosen = selector(scorer=scorer, ratio=0.3, cache_dir=f"{sys.argv[1]}/{kind}")  # each scored anew
         rows = chosen.select(pool).to_list()
         found[f"{scorer} {kind}"] = [chosen.score(pool).tolist(), rows, chosen.report.n_resumed]
 # sets of strings have another order in each process
@@ -469,7 +469,7 @@ def test_two_processes_are_one(tmp_path):
     first, second = (json.loads((tmp_path / f"{process}.json").read_text()) for process in range(2))
     assert first == second
     for scorer in SCORERS:
-        alone = selector(scorer=scorer, ratio=0.3, cache_dir=tmp_path / "scores")
+        alone = selector(scorer=scorer, ratio=0.3, cache_dir=tmp_path / "dataset")
         kept = alone.select(prompt_completion()).to_list()
         assert alone.report.n_resumed == 24  # what several processes scored is good for one
         expected = selector(scorer=scorer).score(prompt_completion()).tolist()
@@ -493,6 +493,30 @@ def test_without_a_hash_of_what_scores_depend_on_none_are_kept(holder, tmp_path,
     assert torch.equal(found.score(prompt_completion()), expected)
     assert f"`{holder}` cannot be hashed (cannot pickle 'generator' object). No scores are kept in" in caplog.text
     assert not (tmp_path / "kept").exists()
+
+
+def test_another_function_of_the_same_name_is_another_scorer(tmp_path):
+    @contextmanager
+    def by_length(context):
+        def score(samples):
+            return RowScores(torch.tensor([float(len(ids)) for ids in samples.input_ids]))
+
+        yield score
+
+    @contextmanager
+    def by_shortness(context):
+        def score(samples):
+            return RowScores(torch.tensor([-float(len(ids)) for ids in samples.input_ids]))
+
+        yield score
+
+    found = []
+    for function in (by_length, by_length, by_shortness):
+        scorer = Scorer("mine", function, needs_heads=False, needs_target=False)
+        chosen = selector(scorer=scorer, cache_dir=tmp_path)
+        found.append((chosen.score(prompt_completion()), chosen.report.n_resumed))
+    assert [resumed for _, resumed in found] == [0, 24, 0]
+    assert torch.equal(found[2][0], -found[0][0])
 
 
 def test_a_transform_is_not_left_out_without_a_word():

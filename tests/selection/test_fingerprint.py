@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from functools import partial
+
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
@@ -7,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from p2d_peft.heads import HeadSet
-from p2d_peft.selection.fingerprint import model_fingerprint
+from p2d_peft.selection.fingerprint import code_of, model_fingerprint
 from p2d_peft.tuners import HeadSparseConfig
 
 from ..model_checks import needs_own_adapter_methods
@@ -165,3 +170,22 @@ def test_an_offloaded_model_is_known_by_the_values_that_its_hooks_keep(where, ti
         changed.model.layers[1].mlp.down_proj.weight[0, 0] += 1
     cpu_offload(changed, cpu)
     assert model_fingerprint(changed) != first
+
+
+def test_the_code_of_a_function_is_told_from_anothers_and_the_same_everywhere():
+    makers = [
+        "lambda x: x + 1",
+        "lambda x: x + 2",
+        "lambda x: (lambda: x + 1)",
+        "lambda x: (lambda: x + 2)",
+        "lambda x: x in {'a', 'b', 'c'}",
+    ]
+    of_each = [code_of(eval(maker)) for maker in makers]
+    assert len(set(of_each)) == len(makers)
+    assert of_each == [code_of(partial(eval("\n\n" + maker))) for maker in makers]
+    assert code_of(len) == ""
+    script = f"from p2d_peft.selection.fingerprint import code_of; print([code_of(eval(m)) for m in {makers!r}])"
+    # the order of a set's strings is the process's own
+    env = os.environ | {"PYTHONHASHSEED": "1"}
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=True)
+    assert run.stdout.strip().splitlines()[-1] == str(of_each)
