@@ -7,7 +7,8 @@ Three arms take turns in one process, in an order drawn anew for each round:
 
 - `affinity`: `P2DDataSelector.score` on the pool, from its text: tokenizing, the target's rows and all else included;
 - `forward`: the bare forward pass without gradients over the very batches that `affinity` makes of the pool and of the
-  target, up to and including the deepest selected layer, without the LM head. The model is cut off there;
+  target, as they were seen in a run before, up to and including the deepest selected layer, without the LM head. The model is cut
+  off there;
 - `unsorted`: the same, with the pool's rows in its own order instead of sorted by length.
 
 A ratio is the median over the rounds of the ratio within a round. The heads are drawn at random from the lower part of
@@ -63,6 +64,21 @@ def forward(decoder: nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
         decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
 
+def seen_batches(model: nn.Module, run: Callable[[], Any]) -> list[dict[str, torch.Tensor]]:
+    """The batches that a model is given while something runs."""
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        seen.append({name: kwargs[name] for name in ("input_ids", "attention_mask")})
+
+    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        run()
+    finally:
+        handle.remove()
+    return seen
+
+
 def unsorted_batches(samples: Samples, batch_size: int) -> list[dict[str, torch.Tensor]]:
     """Batches of rows in the order of the pool."""
     starts = range(0, len(samples), batch_size)
@@ -114,8 +130,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )
     samples, of_target = (prepare_samples(rows, tokenizer, config) for rows in (pool, target))
     target_batches = [batch for _, batch in of_target.batches(args.batch_size, torch.device("cpu"))]
-    bucketed = [batch for _, batch in samples.batches(args.batch_size, torch.device("cpu"))]
-    unsorted = unsorted_batches(samples, args.batch_size)
+    bucketed = seen_batches(model, lambda: selector.score(pool))
+    unsorted = unsorted_batches(samples, args.batch_size) + target_batches
     decoder = cut_off(model, max(heads.layers))
     forward(decoder, bucketed[-1:])  # warm up
 
@@ -123,8 +139,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     seconds = time_rounds(
         {
             "affinity": lambda: selector.score(pool),
-            "forward": lambda: forward(decoder, bucketed + target_batches),
-            "unsorted": lambda: forward(decoder, unsorted + target_batches),
+            "forward": lambda: forward(decoder, bucketed),
+            "unsorted": lambda: forward(decoder, unsorted),
         },
         args.rounds,
         args.seed,

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from p2d_peft import HeadScores, HeadSet
+from p2d_peft.selection import engine as selection_engine
 
 from .benchmark_files import load_benchmark
 from .tiny_data import rows
-from .tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
+from .tiny_models import VOCAB_SIZE, random_batch, tiny_model, tiny_tokenizer
 
 
 environment = load_benchmark("environment")
@@ -23,6 +24,7 @@ localize = load_benchmark("localize")
 localize_report = load_benchmark("localize_report")
 scorers = load_benchmark("scorers")
 selection_cost = load_benchmark("selection_cost")
+localize_cost = load_benchmark("localize_cost")
 
 
 @pytest.fixture(scope="module")
@@ -486,7 +488,28 @@ def test_command_names_no_folder():
 # -- selection_cost.py
 
 
-def test_selection_cost_compares_the_same_batches(tmp_path):
+def test_selection_cost_compares_the_same_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(selection_engine, "SAMPLE_ROWS", 10)  # so that some rows are of the sample and others are not
+    given, time_rounds = {}, selection_cost.time_rounds
+
+    def watched(arms, *args):
+        for name in ("forward", "unsorted"):
+            with monkeypatch.context() as patch:
+                patch.setattr(selection_cost, "forward", lambda _, batches, name=name: given.update({name: batches}))
+                arms[name]()
+        found = selection_cost.seen_batches(whole[0], arms["affinity"])
+        assert len(found) == len(given["forward"])
+        for a, b in zip(found, given["forward"], strict=True):
+            assert all(torch.equal(a[key], b[key]) for key in a)
+        return time_rounds(arms, *args)
+
+    whole, load = [], selection_cost.AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        selection_cost.AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *args, **kwargs: whole.append(load(*args, **kwargs)) or whole[0],
+    )
+    monkeypatch.setattr(selection_cost, "time_rounds", watched)
     tiny_model(num_hidden_layers=4).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "pool.json").write_text("\n".join(map(json.dumps, rows(40, seed=0))))
@@ -497,6 +520,11 @@ def test_selection_cost_compares_the_same_batches(tmp_path):
     assert numbers["layers"] == "2 of 4" and numbers["rows"] == 24
     assert numbers["tokens"] <= numbers["padded_tokens_bucketed"] < numbers["padded_tokens_unsorted"]
     assert all(len(values) == 2 for values in numbers["seconds"].values())
+    # the batches are the pool's and the target's rows, each once
+    assert sum(sum(batch["attention_mask"].sum(1).tolist()) for batch in given["forward"]) == sum(
+        sum(batch["attention_mask"].sum(1).tolist()) for batch in given["unsorted"]
+    )
+    assert sum(len(batch["input_ids"]) for batch in given["forward"]) == 24 + 8
     # the model that is cut off computes what the whole one does up to there
     model = tiny_model(num_hidden_layers=4)
     ids = torch.arange(12)[None]
@@ -506,6 +534,49 @@ def test_selection_cost_compares_the_same_batches(tmp_path):
         cut.norm = torch.nn.Identity()
         assert torch.equal(cut(input_ids=ids).last_hidden_state, hidden)
     assert len(model.model.layers) == 4
+
+
+# -- localize_cost.py
+
+
+def test_localize_cost_counts_in_samples_of_full_fine_tuning(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows(40, seed=0))))
+    ran = []
+
+    def time_rounds(arms, rounds, seed):
+        for name, arm in arms.items():
+            ran.append((name, arm()))
+        return {name: [2.0, 4.0] if name == "full" else [1.0, 3.0] for name in arms}
+
+    monkeypatch.setattr(localize_cost, "time_rounds", time_rounds)
+    options = [
+        "--model",
+        f"{tmp_path}/model",
+        "--train",
+        f"{tmp_path}/train.jsonl",
+        "--samples",
+        "12",
+        "--rounds",
+        "2",
+    ]
+    found = localize_cost.main([*options, "--methods", "gate", "proxy", "--output", f"{tmp_path}/out.json"])
+    assert [name for name, _ in ran] == ["full", "gate", "proxy"]
+    assert ran[1][1].n_samples == ran[2][1].n_samples == found["samples"] == 12
+    assert found["samples of full fine-tuning"] == {"gate": 0.625 * 12, "proxy": 0.625 * 12}
+    assert json.loads((tmp_path / "out.json").read_text()) == found
+
+
+def test_full_steps_train_all_weights_of_a_copy():
+    model, batch = tiny_model(), random_batch()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    steps = localize_cost.full_steps(model, [batch, batch])
+    trained = steps.func.__closure__
+    copies = [cell.cell_contents for cell in trained if isinstance(cell.cell_contents, torch.nn.Module)]
+    steps()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in copies[0].named_parameters())
 
 
 # -- scorers.py

@@ -35,7 +35,7 @@ class P2DConfig(SFTConfig):
             Train heads of this share of the layers, counted from the last one, in (0, 1]: the backward pass ends below
             them. More layers are taken where these have too few heads for `head_ratio`. 1.0 is the paper's form: heads of
             all layers, which take longer and learned no more on four tasks. 0.33 takes about three quarters of the time
-            of all, makes a model forget less, and was as good on two of the four, but clearly worse on the two whose
+            of all, and was as good on two of the four, but clearly worse on the two whose
             answers stand in the question (`docs/results.md`).
         localize_method (`str`, *optional*):
             How heads are found: `"proxy"`, `"taylor"`, `"gate"`, `"fisher"`, `"gain"`, `"gain_sgd"`, `"agreement"`,
