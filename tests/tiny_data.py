@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import string
 
@@ -40,6 +41,22 @@ def conversational(n: int = 24, seed: int = 0) -> Dataset:
             for row in rows(n, seed)
         ]
     )
+
+
+# A chat template that spells out the tools, and marks what the assistant says.
+TOOLS_TEMPLATE = (
+    "{% for tool in tools or [] %}{{ 'tool ' + tool['function']['name'] + ' ' }}{% endfor %}"
+    "{% for message in messages %}{{ message['role'] + ' ' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{% else %}{{ message['content'] }}"
+    "{% endif %}{% endfor %}"
+)
+
+
+def with_tools(n: int = 24, seed: int = 0, as_json: bool = False) -> Dataset:
+    """Conversations of which each row has a tool of its own, as a list or as JSON."""
+    names = [row["task"] + "tool" for row in rows(n, seed)]
+    tools = [[{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}] for name in names]
+    return conversational(n, seed).add_column("tools", [json.dumps(t) for t in tools] if as_json else tools)
 
 
 def conversational_prompt_completion(n: int = 24, seed: int = 0) -> Dataset:

@@ -5,7 +5,7 @@ from trl import SFTConfig, SFTTrainer
 
 from p2d_peft.selection.samples import prepare_samples
 
-from ..tiny_data import KINDS, conversational, prompt_completion, rows, text
+from ..tiny_data import KINDS, TOOLS_TEMPLATE, conversational, prompt_completion, rows, text, with_tools
 from ..tiny_models import tiny_model, tiny_tokenizer
 
 
@@ -32,6 +32,19 @@ def test_assistant_only_loss(tmp_path):
     args = sft_config(tmp_path, assistant_only_loss=True)
     trainer = SFTTrainer(tiny_model(), args, train_dataset=conversational(), processing_class=tiny_tokenizer())
     assert prepare_samples(conversational(), tiny_tokenizer(), args).labels == trainer.train_dataset["labels"][:]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("assistant_only_loss", [False, True])
+def test_tools(as_json, assistant_only_loss, tmp_path):
+    tokenizer, dataset = tiny_tokenizer(), with_tools(as_json=as_json)
+    tokenizer.chat_template = TOOLS_TEMPLATE
+    args = sft_config(tmp_path, assistant_only_loss=assistant_only_loss)
+    trainer = SFTTrainer(tiny_model(), args, train_dataset=dataset, processing_class=tokenizer)
+    samples = prepare_samples(dataset, tokenizer, args)
+    assert samples.input_ids == trainer.train_dataset["input_ids"][:]
+    assert samples.labels == trainer.train_dataset["labels"][:]
+    assert tokenizer.decode(samples.input_ids[1]).startswith("tool counttool user ")
 
 
 def test_formatting_func(tmp_path):

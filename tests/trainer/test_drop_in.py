@@ -1,6 +1,5 @@
 """What a script may do with `SFTTrainer`, done with `P2DTrainer`."""
 
-import json
 import math
 import time
 
@@ -19,7 +18,7 @@ from p2d_peft.trainer import choosing
 
 from ..model_checks import snapshot
 from ..quantized_models import load_quantized, save_base
-from ..tiny_data import KINDS, conversational, prompt_completion, rows, text
+from ..tiny_data import KINDS, TOOLS_TEMPLATE, conversational, prompt_completion, rows, text, with_tools
 from ..tiny_models import tiny_model, tiny_tokenizer
 from .plain_sft import assert_trains_as, plain_sft
 from .test_p2d_trainer import assert_same_weights, config, deltas, trainer
@@ -416,31 +415,15 @@ def test_losses_of_ones_own(tmp_path):
     assert_trains_as(run, plain_sft(run, rows, peft_config=adapter, compute_loss_func=loss))
 
 
-TOOLS_TEMPLATE = (
-    "{% for tool in tools or [] %}{{ 'tool ' + tool['function']['name'] + ' ' }}{% endfor %}"
-    "{% for message in messages %}{{ message['role'] + ' ' }}{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{% else %}{{ message['content'] }}"
-    "{% endif %}{% endfor %}"
-)
-
-
 @pytest.mark.parametrize("as_json", [False, True])
 def test_assistant_only_loss_and_tools(as_json, tmp_path):
-    def with_tools(n, seed=0):
-        # each row has a tool of its own
-        names = [row["task"] + "tool" for row in rows(n, seed)]
-        tools = [
-            [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}] for name in names
-        ]
-        return conversational(n, seed).add_column("tools", [json.dumps(t) for t in tools] if as_json else tools)
-
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TOOLS_TEMPLATE
     run = P2DTrainer(
         tiny_model(),
         config(tmp_path, assistant_only_loss=True, max_steps=1, reference_steps=0),
-        train_dataset=with_tools(12),
-        target_dataset=with_tools(4, seed=1),
+        train_dataset=with_tools(12, as_json=as_json),
+        target_dataset=with_tools(4, seed=1, as_json=as_json),
         processing_class=tokenizer,
     )
     run.train()
@@ -452,4 +435,4 @@ def test_assistant_only_loss_and_tools(as_json, tmp_path):
         assert tokenizer.decode(answer) == row["messages"][1]["content"] + "</s>"
     adapter = HeadSparseConfig(heads=run.heads, task_type="CAUSAL_LM")
     given = {"peft_config": adapter, "processing_class": tokenizer}
-    assert_trains_as(run, plain_sft(run, with_tools(12).select(chosen), **given))
+    assert_trains_as(run, plain_sft(run, with_tools(12, as_json=as_json).select(chosen), **given))
