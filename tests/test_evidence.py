@@ -517,7 +517,8 @@ def test_what_the_defaults_were_chosen_among_is_judged_as_they_are():
         and text.count("| 8 | 0.200 | not held | not held |") == 1
     )
     assert (
-        "No arms are in the folder of `affinity:proxy/first/robin` with `heads:proxy/last`, `affinity:proxy`" in text
+        "No arms are in the folder of `affinity:random/fifth/robin` with `heads:random/late`, `affinity:proxy/first/robin` with "
+        "`heads:proxy/last`, `affinity:proxy`" in text
     )
 
 

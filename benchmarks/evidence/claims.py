@@ -23,9 +23,10 @@ from .summary import REFERENCE, Comparison, Evidence, Line, Result, comparable, 
 
 P2D = ("affinity:proxy/fifth/robin", "heads:proxy/late")
 LORA = (P2D[0], "lora-attention")
-# the same with a draw of heads to train; what was tried beside it, and what it was before, the newest first
+# the same with a draw of heads to train, and to score by as well, for which nothing is localized; what was tried beside it, and what it was before, the newest first
 VARIANTS = (
     (P2D[0], "heads:random/late"),
+    ("affinity:random/fifth/robin", "heads:random/late"),
     ("affinity:proxy/first/robin", "heads:proxy/late"),
     ("affinity:proxy/first/robin", "heads:proxy"),
     ("affinity:proxy/first/robin", "heads:proxy/last"),
