@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import json
 import pickle
 from array import array
@@ -160,9 +159,10 @@ def code_of(function: Any) -> str:
     A checksum of a function's code, without what it refers to: another function of the same name has another one. Of what is
     written in no Python there is none.
     """
-    while isinstance(function, functools.partial):
-        function = function.func
-    code = getattr(inspect.unwrap(function), "__code__", None)
+    # what is around it may be another partial, or a decorator such as `contextmanager`
+    while isinstance(function, functools.partial) or hasattr(function, "__wrapped__"):
+        function = function.func if isinstance(function, functools.partial) else function.__wrapped__
+    code = getattr(function, "__code__", None)
     return hashlib.sha256(_code_text(code).encode()).hexdigest()[:16] if code is not None else ""
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from datasets import Dataset, DatasetInfo, IterableDataset
+from datasets import Dataset, DatasetInfo, IterableDataset, concatenate_datasets
 from datasets.table import InMemoryTable
 
 from ..dataset_files import holds_type
@@ -16,6 +16,8 @@ from .progress import quiet_datasets
 
 
 SCORE_COLUMN = "p2d_score"
+# Rows of a stream that are Python's objects at the same time.
+ROWS_AT_ONCE = 1024
 
 
 def ranked(scores: torch.Tensor) -> list[int]:
@@ -41,13 +43,22 @@ def rows_of(pool: Dataset | IterableDataset, rows: list[int]) -> Dataset:
         return pool.select(rows)
     wanted = set(rows)
     stream = islice(pool.with_format(None), rows[-1] + 1)
-    found = [row for index, row in enumerate(stream) if index in wanted]
-    if len(found) < len(rows):
+    parts: list[Dataset] = []
+    found: list[dict[str, Any]] = []
+    for index, row in enumerate(stream):
+        if index in wanted:
+            found.append(row)
+        # as Arrow they take a fraction of the memory; without a schema it is all rows together that tell their types
+        if len(found) == ROWS_AT_ONCE and pool.features is not None:
+            parts.append(dataset_of(found, pool))
+            found = []
+    n_found = sum(map(len, parts)) + len(found)
+    if n_found < len(rows):
         raise ValueError(
-            f"`pool` gave no row {rows[len(found)]} this time: a stream has to give the same rows each time that it is "
+            f"`pool` gave no row {rows[n_found]} this time: a stream has to give the same rows each time that it is "
             "read. Shuffle it with a seed, or make a `Dataset` of it."
         )
-    return dataset_of(found, pool)
+    return concatenate_datasets([*parts, *([dataset_of(found, pool)] if found else [])])
 
 
 def dataset_of(rows: list[dict[str, Any]], stream: IterableDataset) -> Dataset:

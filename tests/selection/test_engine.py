@@ -52,6 +52,7 @@ def watched(scoring, calls, at=None, then=None):
 
             yield score
 
+    opened.__wrapped__ = scorer.open  # it is the same scorer
     scoring.engine = replace(scoring.engine, scorer=replace(scorer, open=opened))
     return scoring
 

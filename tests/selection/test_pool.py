@@ -7,6 +7,7 @@ from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Valu
 from pyarrow import parquet
 
 from p2d_peft.selection import P2DDataSelector
+from p2d_peft.selection import pool as pool_module
 from p2d_peft.selection.pool import column_of, in_memory, kept_rows, ranked, rows_of
 
 from ..tiny_data import prompt_completion, rows
@@ -30,6 +31,23 @@ def test_rows_of_a_stream_are_those_of_a_dataset(chosen):
     assert rows_of(prompt_completion(), chosen).to_list() == expected
     assert rows_of(prompt_completion().to_iterable_dataset(), chosen).to_list() == expected
     assert rows_of(stream(), chosen).to_list() == expected
+
+
+def test_rows_of_a_stream_become_a_dataset_some_at_a_time(monkeypatch):
+    """Where it says of which types they are; else they would be taken for those of each part."""
+    expected = prompt_completion().select(range(1, 20)).to_list()
+    made = []
+    monkeypatch.setattr(pool_module, "ROWS_AT_ONCE", 4)
+    dataset_of = pool_module.dataset_of
+    monkeypatch.setattr(pool_module, "dataset_of", lambda rows, pool: made.append(len(rows)) or dataset_of(rows, pool))
+    typed = prompt_completion().to_iterable_dataset()
+    assert typed.features is not None and stream().features is None
+    for pool, parts in ((typed, [4, 4, 4, 4, 3]), (stream(), [19])):
+        found = rows_of(pool, list(range(1, 20)))
+        assert found.to_list() == expected and made == parts
+        made.clear()
+    assert rows_of(typed, list(range(8))).to_list() == prompt_completion().select(range(8)).to_list()
+    assert made == [4, 4]
 
 
 def test_a_stream_is_read_no_further_than_to_the_last_row():
