@@ -78,15 +78,15 @@ def judge_answers(
             logits, labels = predictions(model, batch)
         counts = labels != -100
         # what a template puts behind the end token is never generated
-        ends = ((labels == eos) & counts).int()
-        counts &= ends.cumsum(dim=1) - ends == 0
+        at_end = (labels == eos) & counts
+        counts &= at_end.cumsum(dim=1) - at_end.int() == 0
         losses = functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
         found = logits.argmax(dim=-1)
         if len(ending) > 1:
-            ended = (labels == eos) & counts
+            at_end &= counts
             of_ending = ending.to(labels.device)
-            found = torch.where(ended & torch.isin(found, of_ending), eos, found)
-            losses[ended] = logits[ended].logsumexp(dim=-1) - logits[ended][:, of_ending].logsumexp(dim=-1)
+            found = torch.where(at_end & torch.isin(found, of_ending), eos, found)
+            losses[at_end] = logits[at_end].logsumexp(dim=-1) - logits[at_end][:, of_ending].logsumexp(dim=-1)
         nll += float(losses[counts].double().sum())
         n_tokens += int(counts.sum())
         # One pass gives the exact match of greedy decoding without decoding: its answer is the right one if and

@@ -23,7 +23,7 @@ import torch
 from datasets import load_dataset
 from datasets.utils.logging import disable_progress_bar
 from environment import command, load_average, machine, versions
-from selection_cost import time_rounds
+from rounds import median_ratio, time_rounds
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
@@ -83,10 +83,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     load_before = load_average()
     seconds = time_rounds({"full": full_steps(model, batches), **arms}, args.rounds, args.seed)
-    ratios = {
-        method: statistics.median(a / b for a, b in zip(seconds[method], seconds["full"], strict=True))
-        for method in args.methods
-    }
+    ratios = {method: median_ratio(seconds[method], seconds["full"]) for method in args.methods}
     result = {
         "command": command("localize_cost.py", sys.argv[1:] if argv is None else argv),
         "machine": {**machine(), "load_average_before": load_before, "load_average_after": load_average()},

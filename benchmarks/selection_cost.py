@@ -22,7 +22,6 @@ import copy
 import random
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from typing import Any
 import torch
 from datasets import load_dataset
 from environment import command, load_average, machine, versions
+from rounds import median_ratio, time_rounds
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
@@ -86,18 +86,6 @@ def unsorted_batches(samples: Samples, batch_size: int) -> list[dict[str, torch.
     return [batch for part in parts for _, batch in part.batches(batch_size, torch.device("cpu"))]
 
 
-def time_rounds(arms: dict[str, Callable[[], Any]], rounds: int, seed: int) -> dict[str, list[float]]:
-    """Seconds of each arm in each round."""
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    generator = random.Random(seed)
-    for _ in range(rounds):
-        for name in generator.sample(list(arms), len(arms)):
-            start = time.perf_counter()
-            arms[name]()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id of a causal language model")
@@ -146,9 +134,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         args.seed,
     )
 
-    def ratio(a: str, b: str) -> float:
-        return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
-
     result = {
         "command": command("selection_cost.py", sys.argv[1:] if argv is None else argv),
         "machine": {**machine(), "load_average_before": load_before, "load_average_after": load_average()},
@@ -162,8 +147,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "heads": len(heads),
         "seconds": seconds,
         "ratios": {
-            "affinity / forward": ratio("affinity", "forward"),
-            "unsorted / forward": ratio("unsorted", "forward"),
+            "affinity / forward": median_ratio(seconds["affinity"], seconds["forward"]),
+            "unsorted / forward": median_ratio(seconds["unsorted"], seconds["forward"]),
         },
     }
     for name, values in seconds.items():

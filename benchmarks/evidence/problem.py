@@ -16,6 +16,11 @@ Row = dict[str, Any]
 PASSAGES = "passages"
 
 
+def task_names(tasks: dict[str, list[Row]]) -> list[str]:
+    """The tasks, without the passages that stand beside them."""
+    return [name for name in tasks if name != PASSAGES]
+
+
 @dataclass(frozen=True)
 class Split:
     """
@@ -49,7 +54,7 @@ def split(tasks: dict[str, list[Row]], cell: Cell, tested: list[str], sizes: Pro
     Raises:
         `ValueError`: if there are not so many rows, or a held-out prompt is in the pool or the target.
     """
-    names = [name for name in tasks if name != PASSAGES]
+    names = task_names(tasks)
     if unknown := set(tested) - set(names):
         raise ValueError(f"target {sorted(unknown)} is not one of the tasks {names}.")
     held_out = sizes.test_rows + sizes.validation_rows

@@ -25,7 +25,7 @@ from p2d_peft.selection.samples import prepare_samples
 from . import adapt
 from .base import few_shot, judge_options, judge_passages, line_ends
 from .choose import Chooser, Stopwatch
-from .problem import PASSAGES, Row, Split, as_dataset, split
+from .problem import Row, Split, as_dataset, split, task_names
 from .profile import ANY, Arm, Cell, Profile
 
 
@@ -112,7 +112,7 @@ class Runner:
 
     def _other_task(self, target: str) -> str | None:
         """The task after the target, of which one sees what training on the target does to others; None where there is no other."""
-        names = [name for name in self.tasks if name != PASSAGES]
+        names = task_names(self.tasks)
         return None if target == ANY or len(names) < 2 else names[(names.index(target) + 1) % len(names)]
 
     # -- arms

@@ -129,12 +129,12 @@ def _adapters(model: nn.Module) -> Iterator[dict[str, Any]]:
 
 
 def _text(value: Any) -> str:
-    return str(_in_order(value) if isinstance(value, set | frozenset) else value)
+    return str(_in_order(value))
 
 
-def _in_order(value: Any) -> str:
+def _in_order(value: Any) -> Any:
     # the order of a set differs from process to process
-    return repr(sorted(map(repr, value)) if isinstance(value, set | frozenset) else value)
+    return sorted(map(repr, value)) if isinstance(value, set | frozenset) else value
 
 
 class NotHashable(ValueError):  # noqa: N818 (it says of what)

@@ -58,7 +58,9 @@ def rows_of(pool: Dataset | IterableDataset, rows: list[int]) -> Dataset:
             f"`pool` gave no row {rows[n_found]} this time: a stream has to give the same rows each time that it is "
             "read. Shuffle it with a seed, or make a `Dataset` of it."
         )
-    return concatenate_datasets([*parts, *([dataset_of(found, pool)] if found else [])])
+    if found:
+        parts.append(dataset_of(found, pool))
+    return concatenate_datasets(parts)
 
 
 def dataset_of(rows: list[dict[str, Any]], stream: IterableDataset) -> Dataset:
