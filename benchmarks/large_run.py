@@ -55,6 +55,7 @@ def run(args: argparse.Namespace, data: Dataset, n_rows: int, *, p2d: bool, esti
         config = P2DConfig(
             folder,
             p2d=p2d,
+            localize_method="proxy",  # the paper's; the default, a draw, has no cost to be measured
             reference_steps=3 if estimate else 0,
             num_train_epochs=args.epochs,
             per_device_train_batch_size=args.batch_size,

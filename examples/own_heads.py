@@ -1,7 +1,7 @@
 """
 Heads of your own in the place of localizing: from another paper, another tool, or `p2d heads`.
 
-    p2d heads --model HuggingFaceTB/SmolLM2-135M-Instruct --data my_task.jsonl --output heads.json
+    p2d heads --model HuggingFaceTB/SmolLM2-135M-Instruct --data my_task.jsonl --method proxy --output heads.json
     python examples/own_heads.py --heads heads.json
 
 Without `--heads` it takes every fourth head of the upper half of the layers, to show how a set is made.

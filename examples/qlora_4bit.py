@@ -3,7 +3,8 @@ As QLoRA does it: the base in 4 bits, trained weights in full precision. Needs `
 
     python examples/qlora_4bit.py --target my_task.jsonl
 
-Quantized weights have no gradient. `gate` asks for none: it finds the heads by what the loss would be without them.
+Quantized weights have no gradient. A draw of heads, the default, asks for none, and neither does `localize_method="gate"`, which
+finds them by what the loss would be without them.
 """
 
 import argparse
@@ -27,7 +28,6 @@ trainer = P2DTrainer(
     args=P2DConfig(
         output_dir=args.output_dir,
         model_init_kwargs={"dtype": "bfloat16"},  # of what is not quantized
-        localize_method="gate",
         reference_steps=0,  # the AER's reference is full fine-tuning, which a quantized model cannot have
         learning_rate=1e-3,
         use_cpu=not torch.accelerator.is_available(),

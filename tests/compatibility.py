@@ -124,6 +124,7 @@ def run_trainer(layout: Layout, folder: Path) -> None:
     config = P2DConfig(
         str(folder), bf16=False, use_cpu=True, max_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
         reference_steps=0, gradient_checkpointing=False, head_ratio=0.25, data_ratio=0.25, learning_rate=1e-2,
+        localize_method="proxy",
     )  # fmt: skip
     pool = sums(16)
     trainer = P2DTrainer(

@@ -221,7 +221,7 @@ def test_an_arm_is_trained_as_it_says(results, tmp_path, monkeypatch):
     ((rows, training),) = given
     assert (training.num_train_epochs, training.learning_rate, training.seed, seeds) == (3, 0.3, 1, [1])
     made = problem.split(tiny_tasks(), cell, ["copy"], sizes(), 1)
-    numbers = json.loads((folder / "rows" / "mixed-copy-affinity.proxy_fifth_robin-seed1.json").read_text())["rows"]
+    numbers = json.loads((folder / "rows" / "mixed-copy-affinity.random_fifth_robin-seed1.json").read_text())["rows"]
     assert numbers != list(range(4))  # or the pool's first rows would do
     assert rows["prompt"] == [made.pool[row]["prompt"] for row in numbers]
 
@@ -359,7 +359,7 @@ def test_the_summary(results):
         json.loads((folder / "heads" / f"copy-{method}-seed0.json").read_text())["seconds"]["cpu"]
         for method in ("proxy", "random")
     )
-    assert ours.results[0]["seconds"]["localize"]["cpu"] == of_proxy
+    assert ours.results[0]["seconds"]["localize"]["cpu"] == of_random
     assert other.results[0]["seconds"]["localize"]["cpu"] == of_proxy + of_random
 
     # it was tested on both targets, but is one training: what it took holds for a target that it was not tested on
@@ -396,15 +396,17 @@ def evidence_of(sides, memory_kind="process", processes=1, targets="abcd"):
 
 SIDES = {
     claims.P2D: (30, 8.0, 1.0),
-    (defaults.TRIED[0], claims.P2D[1]): (30, 8.0, 1.0),
+    claims.FOUND: (30, 8.0, 1.0),
+    (defaults.TRIED[0], claims.FOUND[1]): (30, 8.0, 1.0),
     (defaults.TRIED[0], "heads:proxy"): (30, 9.0, 1.0),
-    (claims.P2D[0], "heads:random/late"): (20, 8.0, 1.5),
+    (claims.FOUND[0], "heads:random/late"): (20, 8.0, 1.5),
     claims.LORA: (28, 9.0, 1.2),
     ("random", claims.P2D[1]): (15, 8.0, 2.0),
-    ("affinity:random/fifth/robin", claims.P2D[1]): (30, 8.0, 1.0),
-    ("affinity:all/fifth/robin", claims.P2D[1]): (25, 8.0, 1.0),
+    ("affinity:random/fifth/robin", claims.FOUND[1]): (30, 8.0, 1.0),
+    ("affinity:all/fifth/robin", claims.FOUND[1]): (25, 8.0, 1.0),
     ("full", "full"): (30, 100.0, 1.0),
 }
+LORA_ON_FOUND = (claims.FOUND[0], claims.LORA[1])
 
 
 def test_claims():
@@ -415,10 +417,11 @@ def test_claims():
     assert coupling.verdict == claims.NOT_HELD  # no better than rows by random heads
     assert whole.verdict == claims.HELD and "AER 0.080" in whole.figures[1]
     assert forgetting.verdict == claims.HELD and len(forgetting.figures) == 1
-    without_kv = claims.judge(evidence_of({**SIDES, (claims.P2D[0], claims.WITHOUT_KV): (28, 8.0, 0.5)}))[4]
-    assert (
-        "share_kv=False`): NLL of unrelated passages -0.700" in without_kv.figures[1] and len(without_kv.figures) == 3
-    )
+    without_kv = claims.judge(
+        evidence_of({**SIDES, claims.WITHOUT_KV: (28, 8.0, 0.5), LORA_ON_FOUND: (28, 9.0, 1.2)})
+    )[4]
+    assert "on rows by found heads: NLL of unrelated passages -0.700" in without_kv.figures[1]
+    assert len(without_kv.figures) == 3
 
     worse = {**SIDES, ("full", "full"): (35, 100.0, 1.0), ("random", claims.P2D[1]): (29, 8.0, 1.0)}
     worse[claims.LORA] = (28, 9.0, 0.9)
@@ -436,30 +439,31 @@ def test_no_claim_is_decided_by_half_of_the_targets():
     for sides in (SIDES, worse):
         assert {claim.verdict for claim in claims.judge(evidence_of(sides, targets="ab"))} == {claims.UNDECIDED}
     # the first one counts: with two targets of which none is better three can't be reached
-    alike = {**SIDES, (claims.P2D[0], "heads:random/late"): (30, 8.0, 1.5)}
+    alike = {**SIDES, (claims.FOUND[0], "heads:random/late"): (30, 8.0, 1.5)}
     verdicts = [claims.judge(evidence_of(alike, targets=targets))[0].verdict for targets in ("a", "ab", "abc")]
     assert verdicts == [claims.UNDECIDED, claims.NOT_HELD, claims.NOT_HELD]
     # by another method it still can, as long as that one has no more than a target
     alike |= {
-        (claims.P2D[0], "heads:gain/late"): (30, 8.0, 1.0),
-        (claims.P2D[0], "heads:magnitude/late"): (40, 8.0, 1.0),
+        (claims.FOUND[0], "heads:gain/late"): (30, 8.0, 1.0),
+        (claims.FOUND[0], "heads:magnitude/late"): (40, 8.0, 1.0),
     }
     for target in "bcd":
         evidence = evidence_of(alike)
         for other in set("abcd") - {"a", target}:
-            del evidence.lines["mixed", other, claims.P2D[0], "heads:gain/late", 3]
+            del evidence.lines["mixed", other, claims.FOUND[0], "heads:gain/late", 3]
         assert claims.judge(evidence)[0].verdict == claims.NOT_HELD
-        del evidence.lines["mixed", target, claims.P2D[0], "heads:gain/late", 3]
+        del evidence.lines["mixed", target, claims.FOUND[0], "heads:gain/late", 3]
         assert claims.judge(evidence)[0].verdict == claims.UNDECIDED
 
 
 def test_pairs_on_other_rows_stand_beside_the_first_claim_and_do_not_decide_it():
     data = "affinity:proxy/first/robin"
-    alike = {**SIDES, (claims.P2D[0], "heads:random/late"): (30, 8.0, 1.5)}
+    alike = {**SIDES, (claims.FOUND[0], "heads:random/late"): (30, 8.0, 1.5)}
     better = {(data, "heads:proxy/last"): (30, 8.0, 1.0), (data, "heads:random/last"): (10, 8.0, 1.0)}
     claim = claims.judge(evidence_of({**alike, **better}))[0]
-    assert claim.verdict == claims.NOT_HELD and len(claim.figures) == 2
+    assert claim.verdict == claims.NOT_HELD and len(claim.figures) == 3
     assert claim.figures[1].startswith(f"beside it, on rows by `{data}`: `heads:proxy/last`: +50.0 points")
+    assert claim.figures[2].startswith(f"beside it, on rows by `{claims.P2D[0]}`: `heads:proxy/late`: +0.0 points")
 
 
 def test_no_worse_is_said_of_the_mean():
@@ -504,21 +508,21 @@ def test_what_becomes_of_another_task_is_told_where_it_was_judged():
 
 def test_what_the_defaults_were_chosen_among_is_judged_as_they_are():
     data = "affinity:proxy/first/robin"
-    sides = {**SIDES, (data, claims.P2D[1]): (30, 20.0, 1.0), (data, claims.LORA[1]): (20, 19.0, 0.9)}
+    sides = {**SIDES, (data, claims.FOUND[1]): (30, 20.0, 1.0), (data, claims.LORA[1]): (20, 19.0, 0.9)}
     evidence = evidence_of(sides)
     found = {variant.side: variant for variant in claims.variants(evidence)}
     assert (found[claims.P2D].whole, found[claims.P2D].forgetting) == (claims.HELD, claims.HELD)
-    other = found[data, claims.P2D[1]]
+    other = found[data, claims.FOUND[1]]
     assert (other.whole, other.forgetting, other.aer) == (claims.NOT_HELD, claims.NOT_HELD, pytest.approx(0.2))
     assert found["affinity:proxy", "heads:proxy"].exact_match is None
     text = page._variants(evidence)
     assert (
-        "holds for 2 of these 4, claim 5 for 1, and both for 1." in text
+        "holds for 2 of these 5, claim 5 for 1, and both for 1." in text
         and text.count("| 8 | 0.200 | not held | not held |") == 1
     )
     assert (
-        "No arms are in the folder of `affinity:random/fifth/robin` with `heads:random/late`, `affinity:proxy/first/robin` with "
-        "`heads:proxy/last`, `affinity:proxy`" in text
+        "No arms are in the folder of `affinity:proxy/first/robin` with `heads:proxy/last`, `affinity:proxy` with `heads:proxy`."
+        in text
     )
 
 
@@ -546,7 +550,7 @@ def test_rates_at_the_edge_of_what_was_tried_are_counted():
     text = page._edges(dataclasses.replace(evidence, tried=arms))
     assert "for `heads` in 1 of 1 cells (the lowest in 1, the highest in 0), for `lora-attention` in 0 of 1" in text
     assert "`full`" not in text and "Claim 3" not in text  # a single rate has no edge
-    side = ("mixed", "b", "affinity:all/fifth/robin", claims.P2D[1], 3)
+    side = ("mixed", "b", "affinity:all/fifth/robin", claims.FOUND[1], 3)
     evidence.lines[side] = dataclasses.replace(evidence.lines[side], lr=3e-3)
     text = page._edges(dataclasses.replace(evidence, tried=arms))
     assert "Claim 3's do for `b` (0.001, and 0.003 for `affinity:all/fifth/robin`)" in text
@@ -639,15 +643,15 @@ def test_seconds_of_two_machines_are_not_compared():
         run_on(evidence, other, side, 0, 1)
     assert claims.judge(evidence)[3].verdict == claims.HELD and page._untimed(evidence) == ""
     # a default beside what stands in its place
-    evidence = run_on(evidence_of(SIDES), other, (claims.P2D[0], "heads:random/late"), 0, 1)
+    evidence = run_on(evidence_of(SIDES), other, (claims.FOUND[0], "heads:random/late"), 0, 1)
     seconds = {a.instead: seconds for a, _, seconds in defaults.measured(evidence)}
-    assert seconds["random heads"] is None and seconds["random rows"] == 1.0
+    assert seconds["`proxy` for the rows"] is None and seconds["random rows"] == 1.0
     # without a reference, the lines of a pool beside one another
     evidence = run_on(evidence_of({side: SIDES[side] for side in (claims.P2D, claims.LORA)}), other, claims.LORA, 0, 1)
     assert not any(evidence.timed(line) for line in evidence.lines.values())
     evidence = evidence_of({claims.P2D: SIDES[claims.P2D]})
     assert all(evidence.timed(line) for line in evidence.lines.values())
-    evidence = run_on(evidence_of(SIDES), other, (claims.P2D[0], "heads:random/late"), 0, 1)
+    evidence = run_on(evidence_of(SIDES), other, (claims.FOUND[0], "heads:random/late"), 0, 1)
     # of one target: a mean over the others would be no mean over all
     table = page.readme_table(evidence)
     assert "| `affinity:proxy/fifth/robin` | `heads:random/late` | 50.0 | 1.500 |  |" in table
@@ -729,10 +733,16 @@ def test_defaults_stand_against_what_was_run_in_their_place():
         ("train_last_layers", "heads of all layers"),
         ("score_first_layers", "heads of the first third of the layers"),
     ]
-    assert set(found) == {*shares, ("localize_method", "random heads"), ("scorer", "random rows")}
+    methods = [
+        "`proxy`",
+        "`proxy`, the paper's, for rows and weights",
+        "`proxy` for the rows",
+        "`proxy` for the weights",
+    ]
+    assert set(found) == {*shares, *(("localize_method", method) for method in methods), ("scorer", "random rows")}
     comparison, seconds = found["scorer", "random rows"]
     assert comparison.exact_match["mean"] == pytest.approx(15 / 40) and seconds == 1.0
-    slow = evidence_of({**SIDES, ("affinity:proxy/robin", claims.P2D[1]): (30, 16.0, 1.0)})
+    slow = evidence_of({**SIDES, ("affinity:proxy/robin", claims.FOUND[1]): (30, 16.0, 1.0)})
     assert [seconds for a, _, seconds in defaults.measured(slow) if a.instead == "heads of all layers"] == [8 / 9, 0.5]
 
 
@@ -1167,7 +1177,7 @@ def test_a_page_says_what_its_verdicts_are_worth(tmp_path, monkeypatch):
         evidence_of(SIDES, targets=targets)
         for targets in (("qasc", "sentiment"), ("plural", "past_tense"), ("qasc", "plural"))
     )
-    assert page._planned(first) == page.FULL and "changed three times" in page._chosen_by(first)
+    assert page._planned(first) == page.FULL and "changed four times" in page._chosen_by(first)
     assert page._planned(second) == page.CONFIRM and "`confirm.yaml`" in page._chosen_by(second)
     assert page._planned(neither) is None and page._chosen_by(neither) == ""
     # on the main page the verdicts of the other tasks stand beside its own

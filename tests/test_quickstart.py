@@ -32,10 +32,10 @@ def test_runs_from_a_pool_to_an_adapter_that_answers_in_a_fresh_process(tmp_path
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
-    assert re.search(r"^localize .* 1 of 12 heads by proxy: HeadSet", run.stdout, re.MULTILINE)
+    assert re.search(r"^localize .* 1 of 12 heads by random: HeadSet", run.stdout, re.MULTILINE)
     assert re.search(r"^select .* 21 of 210 rows by affinity", run.stdout, re.MULTILINE)
     assert re.search(r"^AER +\d", run.stdout, re.MULTILINE)
-    for arm in ("base model", "P2D", "random heads, random rows"):
+    for arm in ("base model", "P2D", "the same heads, random rows"):
         assert re.search(rf"^{arm} +\d\.\d\d +\d+\.\d\d\d$", run.stdout, re.MULTILINE), arm
     assert "in a fresh process it answers" in run.stdout
     assert (tmp_path / "p2d-quickstart" / "p2d" / "p2d_report.json").is_file()

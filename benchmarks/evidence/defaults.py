@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 from p2d_peft import P2DConfig
 
-from .claims import EPOCHS, P2D
+from .claims import EPOCHS, FOUND, P2D
 from .summary import Comparison, Evidence, comparable, compare
 
 
 # The sides on which shares of heads and of rows are tried: cheaper to train, the same on both.
 TRIED = ("affinity:proxy/first/robin", "heads:proxy/last")
+# Other ways to choose rows were run with found heads to train, on which rows are chosen by P2DTrainer's defaults as well.
+WITH_FOUND_HEADS = (P2D[0], FOUND[1])
 
 
 @dataclass(frozen=True)
@@ -35,20 +37,34 @@ class Alternative:
     @property
     def default(self) -> str:
         """The field with its default."""
-        value = "proxy" if self.field == "localize_method" else getattr(P2DConfig, self.field)
-        return f"{self.field}={value}"
+        return f"{self.field}={getattr(P2DConfig, self.field)}"
+
+    @property
+    def same(self) -> str:
+        """What both sides have: the rows, or the weights, or neither."""
+        return next((f"`{a}`" for a, b in zip(self.ours, self.theirs, strict=True) if a == b), "")
 
 
-def _layers(instead: str, parameters: str) -> Alternative:
-    return Alternative("train_last_layers", instead, (TRIED[0], P2D[1]), (TRIED[0], parameters))
+def _layers(instead: str, share: str) -> list[Alternative]:
+    return [
+        Alternative("train_last_layers", instead, (rows, f"heads:{method}/late"), (rows, f"heads:{method}{share}"))
+        for rows, method in ((P2D[0], "random"), (TRIED[0], "proxy"))
+    ]
 
 
-def _method(instead: str, method: str) -> Alternative:
-    return Alternative("localize_method", instead, P2D, (P2D[0], P2D[1].replace("proxy", method)))
+def _method(method: str) -> Alternative:
+    return Alternative("localize_method", f"`{method}`", (FOUND[0], P2D[1]), (FOUND[0], f"heads:{method}/late"))
 
 
-def _rows(field: str, instead: str, data: str, setting: str = "mixed") -> Alternative:
-    return Alternative(field, instead, P2D, (data, P2D[1]), setting)
+def _rows(instead: str, data: str, setting: str = "mixed") -> Alternative:
+    return Alternative("scorer", instead, WITH_FOUND_HEADS, (data, FOUND[1]), setting)
+
+
+def _scoring(instead: str, share: str) -> list[Alternative]:
+    return [
+        Alternative("score_first_layers", instead, side, (side[0].replace("/fifth", share), side[1]))
+        for side in (P2D, FOUND)
+    ]
 
 
 def _heads(instead: str, parameters: str) -> Alternative:
@@ -60,29 +76,32 @@ def _ratio(instead: str, data: str) -> Alternative:
 
 
 ALTERNATIVES = (
-    _layers("heads of all layers", "heads:proxy"),
-    _layers("heads of the last third of the layers", "heads:proxy/last"),
-    _method("random heads", "random"),
-    *(_method(f"`{method}`", method) for method in ("gate", "gain", "taylor", "fisher", "agreement", "magnitude")),
+    *_layers("heads of all layers", ""),
+    *_layers("heads of the last third of the layers", "/last"),
+    Alternative("localize_method", "`proxy`, the paper's, for rows and weights", P2D, FOUND),
+    Alternative("localize_method", "`proxy` for the rows", P2D, (FOUND[0], P2D[1])),
+    Alternative("localize_method", "`proxy` for the weights", P2D, WITH_FOUND_HEADS),
+    *map(_method, ("proxy", "gate", "gain", "taylor", "fisher", "agreement", "magnitude")),
     Alternative(
-        "heads_per_layer", "the best heads of all layers, wherever they lie", P2D, (P2D[0], "heads:proxy/global")
+        "heads_per_layer", "the best heads of all layers, wherever they lie", FOUND, (FOUND[0], "heads:proxy/global")
     ),
     _heads("a hundredth", f"{TRIED[1]}@0.01"),
     _heads("a twentieth", f"{TRIED[1]}@0.05"),
     _heads("three tenths", f"{TRIED[1]}@0.3"),
-    _rows("scorer", "random rows", "random"),
-    _rows("scorer", "random rows", "random", "own"),
-    _rows("scorer", "`bm25`", "bm25/robin"),
-    _rows("scorer", "`rds`", "rds/robin"),
-    _rows("scorer", "`less`", "less/robin"),
-    _rows("scorer", "`gradient`", "gradient:proxy/robin"),
-    _rows("scorer", "`icl`, the paper's", "icl:proxy"),
-    _rows("scorer", "`influence`", "influence:proxy"),
-    _rows("scorer", "`ifd`", "ifd"),
-    _rows("scorer", "`perplexity`", "perplexity"),
-    _rows("score_first_layers", "heads of the first third of the layers", "affinity:proxy/first/robin"),
-    _rows("score_first_layers", "heads of all layers", "affinity:proxy/robin"),
-    _rows("round_robin", "the best scores", "affinity:proxy/fifth", "own"),
+    Alternative("scorer", "random rows", P2D, ("random", P2D[1])),
+    Alternative("scorer", "random rows", P2D, ("random", P2D[1]), "own"),
+    _rows("`bm25`", "bm25/robin"),
+    _rows("`rds`", "rds/robin"),
+    _rows("`less`", "less/robin"),
+    _rows("`gradient`", "gradient:random/robin"),
+    _rows("`icl`, the paper's", "icl:proxy"),
+    _rows("`influence`", "influence:random"),
+    _rows("`ifd`", "ifd"),
+    _rows("`perplexity`", "perplexity"),
+    *_scoring("heads of the first third of the layers", "/first"),
+    *_scoring("heads of all layers", ""),
+    Alternative("round_robin", "the best scores", P2D, ("affinity:random/fifth", P2D[1]), "own"),
+    Alternative("round_robin", "the best scores", FOUND, ("affinity:proxy/fifth", FOUND[1]), "own"),
     _ratio("a hundredth", f"{TRIED[0]}@0.01"),
     _ratio("a twentieth", f"{TRIED[0]}@0.05"),
     _ratio("three tenths", f"{TRIED[0]}@0.3"),

@@ -28,7 +28,7 @@ PICTURES = {
     "stages.svg": "Seconds by stage, of P2D and of full fine-tuning on all rows",
     "ratios.svg": "Exact match over the share of the heads and over the share of the rows, with heads of the last third of the layers; "
     "most with one seed",
-    "heads.svg": "Scores of the heads by `proxy` for each target; framed are those to train",
+    "heads.svg": "Scores of the heads by `proxy` for each target; framed are those that it would train",
 }
 SETTINGS_TEXT = {
     "mixed": "One task in a mixed pool: eight tasks, as many rows of each",
@@ -266,7 +266,7 @@ def _chosen_by(evidence: Evidence) -> str:
     planned = _planned(evidence)
     if planned == FULL:
         return (
-            f"{before}The defaults that they are judged by were not: they were changed three times, each time after earlier ones "
+            f"{before}The defaults that they are judged by were not: they were changed four times, each time after earlier ones "
             "had been looked at on these targets' test rows. So what holds here was chosen among several by the rows that it is "
             f"judged on. [Other tasks]({OTHERS_PAGE}), which no default was chosen by, say how much of it stays."
         )
@@ -331,6 +331,7 @@ def _defaults(evidence: Evidence) -> str:
         [
             f"`{alternative.default}`",
             alternative.instead,
+            alternative.same,
             f"{alternative.setting}: {', '.join(comparison.of_targets)}",
             claims.points(comparison.exact_match),
             claims.nll_text(comparison),
@@ -344,15 +345,16 @@ def _defaults(evidence: Evidence) -> str:
     header = [
         "default",
         "instead",
+        "on both sides",
         "pool",
         "exact match, default minus other",
         "NLL, the same",
         "seconds, over the other's",
     ]
     return (
-        "Each row has one choice of P2DTrainer's defaults against another, everything else being the same. Shares of the "
-        f"layers are compared on the rows of `{TRIED[0]}`. Shares of heads and of rows are tried with these rows "
-        f"and `{TRIED[1]}` on both sides, which is cheaper to train.\n\n"
+        "Each row has one choice of P2DTrainer's defaults against another, everything else being the same; some were compared with "
+        "heads that `proxy` found on both sides, when these were the default. Shares of heads and of rows are tried with "
+        f"`{TRIED[0]}` and `{TRIED[1]}`, which is cheaper to train.\n\n"
         f"{_markdown([*header, 'pairs'], rows)}"
     )
 

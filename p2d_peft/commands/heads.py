@@ -19,7 +19,12 @@ def add_parser(commands: Any) -> None:
     heads = commands.add_parser("heads", help="find the heads that matter for a task")
     add_model(heads)
     heads.add_argument("--data", required=True, help=f"samples of the task: {DATA}")
-    heads.add_argument("--method", choices=get_args(LocalizeMethod), default="proxy", help="default: %(default)s")
+    heads.add_argument(
+        "--method",
+        required=True,
+        choices=get_args(LocalizeMethod),
+        help="proxy is the paper's; random a draw, than which no other was seen to be better",
+    )
     heads.add_argument("--samples", type=count, default=100, help="at most so many rows of --data (%(default)s)")
     heads.add_argument("--ratio", type=share, default=0.1, help="share of the heads to choose (%(default)s)")
     heads.add_argument("--per-layer", type=count, help="at most so many heads of one layer; spread evenly by default")

@@ -29,7 +29,7 @@ from .samples import IGNORED, Batch, is_encoder_decoder
 from .scores import HeadScores
 from .taylor import taylor_scores
 from .trained import trained_scores
-from .weights import LayerScores, attention_weights
+from .weights import LayerScores
 
 
 logger = logging.getLogger(__name__)
@@ -75,17 +75,8 @@ def needs_weights(method: LocalizeMethod) -> bool:
     return method not in _WITHOUT_WEIGHTS
 
 
-def default_method(model: nn.Module) -> LocalizeMethod:
-    """The paper's method, and the best of those that look at no weights for a model that has no floating-point ones."""
-    try:
-        attention_weights(model, ModelGeometry.of(model), "proxy")
-    except ValueError:
-        return "gate"
-    return "proxy"
-
-
 def localize_heads(
-    model: nn.Module, batches: Iterable[Batch], method: LocalizeMethod | Localizer = "proxy", seed: int = 42
+    model: nn.Module, batches: Iterable[Batch], method: LocalizeMethod | Localizer, seed: int = 42
 ) -> HeadScores:
     """
     Score all attention heads of a model by how much they matter for a task (P2D section 3.2.1).
@@ -101,7 +92,9 @@ def localize_heads(
             About 100 samples of the task, as a data loader gives them: mappings with `input_ids`, `attention_mask` and
             `labels` of shape (B, T), int64, labels -100 on tokens that do not count. An encoder-decoder's labels are its
             decoder's, of a length of their own. `magnitude` and `random` read none.
-        method (`str` or `Callable`, *optional*, defaults to `"proxy"`):
+        method (`str` or `Callable`):
+            None is the default, since none found heads that learned more than a draw's (`docs/localization.md`):
+
             - `"proxy"`: the paper's, the shift of a head's weights in a short proxy run over the batches;
             - `"taylor"`: the sum of |gradient x weight| over a head's slices, sample by sample;
             - `"gate"`: |gradient of the loss for a factor on the head's output|, mean over samples;
@@ -112,7 +105,7 @@ def localize_heads(
             - `"ablation"`: the exact change of the loss without the head, one forward pass for each head;
             - `"trained"`: the fall of the held-out loss when the head alone is trained, for small models;
             - `"magnitude"`: the norm of a head's weights, a control without the task;
-            - `"random"`: the control;
+            - `"random"`: a draw, the control that no other was seen to beat;
             - a function of one's own: from the model, its [`ModelGeometry`], the batches and the seed to a mapping from
               each layer with heads to their scores, a tensor of shape (H,). It may change `requires_grad` and the
               train/eval mode; weights, gradients and hooks it has to leave as they are. Its name is what the scores are

@@ -127,8 +127,8 @@ def _heads(report: P2DReport, path: Path) -> HeadSet:
 
 
 def _scores(path: Path, report: P2DReport, heads: HeadSet) -> HeadScores | None:
-    # given heads were not chosen by scores, whatever lies beside them
-    if report.localize_method is None or not path.is_file():
+    # given heads were not chosen by scores, whatever lies beside them, and what a draw goes by says nothing of the heads
+    if report.localize_method in (None, "random") or not path.is_file():
         return None
     try:
         scores = HeadScores.load(path)

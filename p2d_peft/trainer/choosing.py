@@ -15,7 +15,6 @@ from trl.trainer.sft_trainer import get_dataset_column_names
 
 from ..efficiency import StageCosts
 from ..heads import HeadScores, HeadSet, localize_heads
-from ..heads.localize import default_method
 from ..heads.samples import IGNORED
 from ..model_state import model_device
 from ..selection import P2DDataSelector
@@ -196,7 +195,7 @@ def _localize(trainer: P2DTrainer, target: Dataset) -> HeadScores:
         return localize_heads(
             trainer.model,
             training_batches(target, batch_size, trainer.pad_token_id),
-            method=args.localize_method or default_method(trainer.model),
+            method=args.localize_method,
             seed=args.seed,
         )
 

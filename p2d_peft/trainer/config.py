@@ -37,10 +37,11 @@ class P2DConfig(SFTConfig):
             all layers, which take longer and learned no more on four tasks. 0.33 takes about three quarters of the time
             of all, and was as good on two of the four, but clearly worse on the two whose
             answers stand in the question (`docs/results.md`).
-        localize_method (`str`, *optional*):
-            How heads are found: `"proxy"`, `"taylor"`, `"gate"`, `"fisher"`, `"gain"`, `"gain_sgd"`, `"agreement"`,
-            `"ablation"`, `"trained"`, `"magnitude"` or `"random"`; see [`localize_heads`]. By default `"proxy"`, the
-            paper's, and `"gate"` where weights are quantized.
+        localize_method (`str`, *optional*, defaults to `"random"`):
+            How heads are found: `"proxy"` (the paper's), `"taylor"`, `"gate"`, `"fisher"`, `"gain"`, `"gain_sgd"`,
+            `"agreement"`, `"ablation"`, `"trained"`, `"magnitude"` or `"random"`; see [`localize_heads`]. By default they are
+            drawn with `seed`, evenly over the layers, which costs nothing: no method's heads learned more, on any task
+            (`docs/localization.md`).
         data_ratio (`float`, *optional*, defaults to `0.1`):
             Share of the rows of `train_dataset` to train on, in (0, 1]. The paper takes 10 %.
         scorer (`str`, *optional*, defaults to `"affinity"`):
@@ -100,13 +101,13 @@ class P2DConfig(SFTConfig):
             "below them. 1.0, as in the paper: heads of all layers."
         },
     )
-    localize_method: Optional[LocalizeMethod] = field(  # noqa: UP045
-        default=None,
+    localize_method: LocalizeMethod = field(
+        default="random",
         metadata={
-            "help": "How heads are found, by default by proxy, and by gate if weights are quantized. proxy (the paper's): "
+            "help": "How heads are found. random: by a draw, since no other method's heads learned more. proxy (the paper's): "
             "by their shift in a short training; taylor, fisher, gain, gain_sgd, agreement: by gradients of their "
             "weights; gate, ablation: by what the loss is without them, also on quantized models; trained: by training "
-            "each, on small models; magnitude, random: controls."
+            "each, on small models; magnitude: by the norm of their weights."
         },
     )
     data_ratio: float = field(
@@ -177,8 +178,7 @@ class P2DConfig(SFTConfig):
         for name in ("heads_per_layer", "heads_per_group"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
-        if self.localize_method is not None:
-            check_choice("localize_method", self.localize_method, get_args(LocalizeMethod))
+        check_choice("localize_method", self.localize_method, get_args(LocalizeMethod))
         check_choice("scorer", self.scorer, get_args(ScorerName))
         check_count("target_samples", self.target_samples)
         if self.reference_seconds is not None:

@@ -13,7 +13,6 @@ from datasets import Dataset
 from peft import inject_adapter_in_model
 
 from ..heads import HeadSet, localize_heads
-from ..heads.localize import default_method
 from ..heads.samples import IGNORED
 from ..memory import PeakMemory, memory_kind
 from ..model_state import preserved_state
@@ -182,12 +181,11 @@ def _localize_seconds(trainer: P2DTrainer, target: Dataset) -> float:
     ]
     tokens = [int(batch["attention_mask"].sum()) for batch in batches]
     fewest = math.ceil(2 / size)  # some methods compare samples
-    method = args.localize_method or default_method(trainer.model)
 
     def seconds(count: int) -> float:
         settle(everyone=False)
         start = time.perf_counter()
-        localize_heads(trainer.model, batches[:count], method=method, seed=args.seed)
+        localize_heads(trainer.model, batches[:count], method=args.localize_method, seed=args.seed)
         settle(everyone=False)
         return time.perf_counter() - start
 

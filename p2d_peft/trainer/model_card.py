@@ -98,6 +98,7 @@ class _Choices:
     """What was chosen, as the template shows it."""
 
     trains_heads: bool
+    heads_are_drawn: bool
     heads_by_layer: dict[Any, list[int]] | None
     table: list[tuple[str, ...]]
 
@@ -118,6 +119,7 @@ def _choices(model: Any, state: P2DState) -> _Choices:
         table.append(("tokens", *_part(state.selected_tokens, state.pool_tokens), ""))
     return _Choices(
         trains_heads=is_head_sparse(model),
+        heads_are_drawn=state.localize_method == "random",
         heads_by_layer=None if state.heads is None else state.heads.by_layer(),
         table=table,
     )

@@ -67,12 +67,12 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
     r"""
     Trainer for *From Parameters to Data* (P2D, arXiv 2605.21558), a drop-in for [`~trl.SFTTrainer`].
 
-    The first call of [`~P2DTrainer.train`] localizes the attention heads that the task moves, lets some of them select rows
-    of `train_dataset` (by default those of the first layers), attaches a [`HeadSparseConfig`] adapter to others (by default
-    of the later layers) and trains it on the rows. Each stage is timed
-    and the Alignment Efficiency Ratio is put into the final metrics (`train_p2d_aer`) and into `p2d_report.json`. The
-    chosen heads and rows go into each checkpoint; a resumed run takes them from there, and a second `train()` keeps
-    them.
+    The first call of [`~P2DTrainer.train`] chooses attention heads (with `localize_method="proxy"` those that the task moves, as
+    in the paper; by default it draws them), lets some of them select rows of `train_dataset` (by default those of the first
+    layers), attaches a [`HeadSparseConfig`] adapter to others (by default of the later layers) and trains it on the rows. Each
+    stage is timed and the Alignment Efficiency Ratio is put into the final metrics (`train_p2d_aer`) and into
+    `p2d_report.json`. The chosen heads and rows go into each checkpoint; a resumed run takes them from there, and a second
+    `train()` keeps them.
 
     Args:
         *sft_args, **sft_kwargs:
@@ -193,10 +193,10 @@ class P2DTrainer(SFTTrainer, DeferredAdapter):
                         geometry.check(heads)
                     is_quantized = getattr(model, "is_quantized", False)
                 method = args.localize_method
-                if is_quantized and method and needs_weights(method) and not self._heads_are_given(heads):
+                if is_quantized and needs_weights(method) and not self._heads_are_given(heads):
                     raise ValueError(
                         f"`localize_method`={method!r} needs floating-point weights, and `model` is "
-                        "quantized. Use 'gate', or give the heads."
+                        "quantized. Use 'random' or 'gate', or give the heads."
                     )
             if self._head_sparse_config is not None and getattr(model, "is_quantized", False):
                 # As attaching will. SFTTrainer casts what a quantized model trains, and these weights are not of it.

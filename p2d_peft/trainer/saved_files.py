@@ -80,8 +80,9 @@ def save_heads(
     if _contents(folder) != before:
         path.unlink(missing_ok=True)
     if picture and heads is not None and not path.is_file():
+        drawn = scores is not None and scores.method == "random"  # by numbers that say nothing of the heads
         try:
-            save_head_map(path, heads, ModelGeometry.of(model), scores)
+            save_head_map(path, heads, ModelGeometry.of(model), None if drawn else scores)
         except ImportError as error:
             logger.info("There is no %s in '%s'. %s", PICTURE_NAME, folder, error)
 

@@ -160,7 +160,7 @@ def draw(report: dict[str, Any], narrow: bool) -> str:
         bars = (margin, 200)
     chosen, _, _ = head_cells(report)
     label = (
-        f"P2D in one run: of {report['n_heads']} attention heads {len(cells(report['scoring_heads']))} are found that select "
+        f"P2D in one run: of {report['n_heads']} attention heads {len(cells(report['scoring_heads']))} are chosen that select "
         f"{report['selected_rows']} of {report['pool_rows']} rows, and {len(chosen)} that alone are trained on only those rows. "
         f"All of it takes {report['aer']:.3f} of the time of full fine-tuning."
     )

@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
 
 
 MODEL = ["--model", "model", "--dtype", "float32"]
-LOCALIZE = ["heads", *MODEL, "--data", "target.jsonl", "--output", "out.json"]
+LOCALIZE = ["heads", *MODEL, "--data", "target.jsonl", "--method", "proxy", "--output", "out.json"]
 SELECT = ["select", *MODEL, "--pool", "pool.jsonl", "--target", "target.jsonl", "--output", "out.jsonl"]
 SFT = ["sft", "--model_name_or_path", "model", "--dataset_name", "pool.jsonl", "--output_dir", "out", "--use_cpu"]
 SFT += ["--bf16", "false", "--report_to", "none"]
@@ -60,14 +60,20 @@ LOST = ("out", "heads.json/out", "could not be written: Not a directory", "give 
 
 COMMANDS = {
     "an option that nobody knows": ([*LOCALIZE, "--colour", "blue"], ("unrecognized arguments: --colour blue",)),
-    "no data": (["heads", *MODEL, "--data", "no.jsonl", "--output", "out.json"], ("no file 'no.jsonl'",)),
-    "empty data": (["heads", *MODEL, "--data", "empty.jsonl", "--output", "out.json"], ("'empty.jsonl' is empty",)),
+    "no data": (
+        ["heads", *MODEL, "--data", "no.jsonl", "--method", "proxy", "--output", "out.json"],
+        ("no file 'no.jsonl'",),
+    ),
+    "empty data": (
+        ["heads", *MODEL, "--data", "empty.jsonl", "--method", "proxy", "--output", "out.json"],
+        ("'empty.jsonl' is empty",),
+    ),
     "bad JSON lines": (
-        ["heads", *MODEL, "--data", "bad.jsonl", "--output", "out.json"],
+        ["heads", *MODEL, "--data", "bad.jsonl", "--method", "proxy", "--output", "out.json"],
         ("'bad.jsonl' cannot be read", " 0"),  # "in row 0" or, of old versions of datasets, "at position 0"
     ),
     "bad Parquet": (
-        ["heads", *MODEL, "--data", "bad.parquet", "--output", "out.json"],
+        ["heads", *MODEL, "--data", "bad.parquet", "--method", "proxy", "--output", "out.json"],
         ("'bad.parquet' cannot be read",),
     ),
     "a ratio of 0": (

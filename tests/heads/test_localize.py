@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from p2d_peft import P2DConfig
 from p2d_peft.heads import HeadSet, ModelGeometry, localize_heads
-from p2d_peft.heads.localize import LocalizeMethod, default_method, needs_weights
+from p2d_peft.heads.localize import LocalizeMethod, needs_weights
 
 from ..model_checks import assert_unchanged, mixed_state, snapshot
 from ..tiny_models import ARCHITECTURES, FEW, LAYOUTS, random_batch, tiny_model
@@ -213,7 +213,6 @@ def test_compiled_layers_have_the_scores_of_others(method):
 def test_eight_bit_floats_are_quantized_weights():
     model = tiny_model()
     model.model.layers[1].self_attn.q_proj.weight.data = torch.zeros(32, 32).to(torch.float8_e4m3fn)
-    assert default_method(model) == "gate"
     with pytest.raises(ValueError, match="float8"):
         localize_heads(model, [], method="magnitude")
 
@@ -370,10 +369,10 @@ def test_the_table_knows_the_groups():
     assert 0 in jamba.n_kv_heads
 
 
-def test_the_default_is_proxy_where_there_are_weights():
-    model = tiny_model()
-    assert default_method(model) == "proxy"
-    assert default_method(model.to("meta")) == "gate"
+def test_no_method_is_the_default():
+    """None was better than a draw, and a draw is not what localizing is for."""
+    with pytest.raises(TypeError, match="'method'"):
+        localize_heads(tiny_model(), [random_batch()])
     assert needs_weights("proxy") and not needs_weights("gate")
 
 

@@ -1,6 +1,7 @@
 """The page as text; test_page_in_browser.py has it drawn."""
 
 import base64
+import dataclasses
 import hashlib
 import re
 from html.parser import HTMLParser
@@ -95,13 +96,17 @@ def test_a_report_alone_says_what_is_missing():
     assert "There is no AER" in text and "no curves" in text and "no p2d_selection.json" in text
     text = Elements(page(bare(layer_heads=None))).text
     assert "does not tell how many heads each layer has" in text and "0: 1" in text
-    assert "have no scores" in Elements(page(bare(localize_method=None))).text
+    assert "were given, so they have no scores" in Elements(page(bare(localize_method=None))).text
+    assert "were drawn, so they have no scores" in Elements(page(bare(localize_method="random"))).text
     assert "measured in a run of its own" in Elements(page(bare(reference_source="measured"))).text
 
 
 def test_heads_that_scored_and_are_not_trained_are_told(run):
     text = Elements(page(run)).text
     assert "The heads that scored the rows" in text and run.report.scoring_heads != run.report.heads
+    assert "By the same scores, but of the first layers" in text
+    drawn = dataclasses.replace(run, report=dataclasses.replace(run.report, localize_method="random"))
+    assert "Drawn, too, but of the first layers" in Elements(page(drawn)).text
     for same in (bare(scoring_heads=None), bare(scoring_heads=bare().report.heads)):
         assert "The heads that scored the rows" not in Elements(page(same)).text
 

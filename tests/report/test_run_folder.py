@@ -43,8 +43,9 @@ def test_without_a_log_of_its_own_the_last_checkpoint_has_it(folder):
     assert chart.curves[0].points == [(1.0, 2.0)]
 
 
-def test_given_heads_have_no_scores_whatever_lies_there(folder):
-    write_run(folder, localize_method=None)
+@pytest.mark.parametrize("method", [None, "random"])
+def test_heads_that_were_given_or_drawn_have_no_scores_whatever_lies_there(method, folder):
+    write_run(folder, localize_method=method)
     assert Run.read(folder).scores is None
 
 

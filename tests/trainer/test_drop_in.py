@@ -150,7 +150,8 @@ def test_all_of_a_stream_is_trained_on_as_it_comes_and_a_target_is_drawn_from_it
 
 
 @pytest.mark.parametrize("how", ["object", "name"])
-def test_a_quantized_model_gets_its_heads_by_gate(how, tmp_path):
+@pytest.mark.parametrize("method", ["random", "gate"])
+def test_a_quantized_model_gets_its_heads_without_its_weights(method, how, tmp_path):
     pytest.importorskip("bitsandbytes")
     folder = str(save_base(tmp_path / "base"))
     model, quantization = load_quantized(folder, "nf4"), None
@@ -160,9 +161,9 @@ def test_a_quantized_model_gets_its_heads_by_gate(how, tmp_path):
     given = {"model": model, "quantization_config": quantization, "changes": changes}
     with pytest.raises(ValueError, match="'taylor' needs floating-point weights, and `model` is quantized"):
         trainer(tmp_path, **{**given, "changes": {**changes, "localize_method": "taylor"}})
-    run = trainer(tmp_path, **given)
+    run = trainer(tmp_path, **{**given, "changes": {**changes, "localize_method": method}})
     run.train()
-    assert run.report.localize_method == "gate"
+    assert run.report.localize_method == method
     assert "Linear4bit" in repr(run.model) and not run.model.get_base_model()._hf_peft_config_loaded
     trained = {name: p.dtype for name, p in run.model.named_parameters() if p.requires_grad}
     assert trained.keys() == deltas(run.model).keys() and set(trained.values()) == {torch.float32}

@@ -64,6 +64,7 @@ def test_a_run_is_told_as_it_was(tmp_path):
     assert f"is {report.aer:.3g}: a speed-up of {report.speedup:.3g}." in text
     assert f"{report.trainable_parameters:,} of {report.total_parameters:,} weights" in text
     assert "](p2d_heads.png)" in text and (tmp_path / "run" / "p2d_heads.png").is_file()
+    assert "drawn at random" not in text
     assert f"- transformers {transformers.__version__}" in text
     assert "eprint    = {arXiv:2605.21558}," in text.split("```bibtex")[1]
 
@@ -104,6 +105,7 @@ def test_names_of_users_break_neither_yaml_nor_markdown(tmp_path):
     assert 'AutoTokenizer.from_pretrained("x|y `z`")' in code
     assert 'AutoModelForCausalLM.from_pretrained("path/to/the/base/model")' in code
     assert all(line.count("|") == 6 for line in lines if line.startswith("| heads"))
+    assert "Here the heads were drawn at random, evenly over their layers." in card.text
 
 
 def test_another_adapter_is_called_what_it_is(tmp_path):

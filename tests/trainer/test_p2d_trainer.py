@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
-from p2d_peft import HeadSet, HeadSparseConfig, P2DConfig, P2DDataSelector, P2DTrainer, efficiency
+from p2d_peft import HeadSet, HeadSparseConfig, P2DConfig, P2DDataSelector, P2DTrainer, efficiency, localize_heads
 from p2d_peft.report import P2DReport
 from p2d_peft.selection.policies import RoundRobin
 from p2d_peft.trainer import arguments, choosing
@@ -32,6 +32,7 @@ def config(tmp_path, **changes):
         "learning_rate": 1e-2,
         "data_ratio": 0.5,
         "head_ratio": 0.25,
+        "localize_method": "proxy",  # a draw, the default, would leave out what is to be tested
         "logging_steps": 1,
         "save_strategy": "no",
         "gradient_checkpointing": False,
@@ -60,6 +61,21 @@ def assert_same_weights(a, b):
     assert a.keys() == b.keys() and len(a) > 0
     for name in a:
         assert torch.equal(a[name], b[name]), name
+
+
+def test_by_default_heads_are_drawn_with_the_runs_seed_and_the_model_is_not_asked(tmp_path, monkeypatch):
+    default = P2DConfig.localize_method
+    expected = localize_heads(tiny_model(), [], method="random", seed=7)
+    model = tiny_model()
+    run = trainer(
+        tmp_path, model, changes={"localize_method": default, "seed": 7, "data_ratio": 1.0, "reference_steps": 0}
+    )
+    monkeypatch.setattr(model, "forward", lambda *_, **__: pytest.fail("the model was asked"))
+    choosing.choose(run)
+    assert run.head_scores.method == "random" and torch.equal(run.head_scores.values, expected.values)
+    assert choosing.best_heads(run.head_scores, run) == expected.top(0.25, per_layer="even", last_layers=0.67)
+    other = localize_heads(tiny_model(), [], method="random", seed=8)
+    assert not torch.equal(other.values, expected.values)
 
 
 @pytest.mark.parametrize("name", FEW)

@@ -48,6 +48,14 @@ def test_what_is_up_to_date_is_not_touched(tmp_path):
     assert {path: path.stat().st_ino for path in tmp_path.iterdir()} == before
 
 
+def test_the_picture_of_a_draw_shows_no_scores(tmp_path):
+    heads, model = HeadSet([(0, 1)]), tiny_model()
+    for name, scores in (("drawn", HeadScores(torch.rand(3, 4), "random")), ("given", None)):
+        save_heads(tmp_path / name, model, heads, scores)
+    drawn, given = ((tmp_path / name / "p2d_heads.png").read_bytes() for name in ("drawn", "given"))
+    assert drawn == given and there(tmp_path / "drawn") == list(MAP)  # by which the draw can be made again
+
+
 def test_what_an_earlier_run_left_gives_way(tmp_path):
     model = tiny_model()
     save_heads(tmp_path, model, HeadSet([(0, 1)]), HeadScores(torch.ones(3, 4), "proxy"))
