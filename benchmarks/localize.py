@@ -48,7 +48,7 @@ import torch
 from answers import Batch, judge_answers, predictions
 from datasets import Dataset, disable_progress_bars
 from environment import command, device, load_average, machine, now, versions
-from localize_report import ARMS, BASE, FULL_STEP, SCORES, SETTINGS, markdown, summarize
+from localize_report import ARMS, BASE, FULL_STEP, SCORES, SETTINGS, STABILITY, markdown, summarize
 from peft import get_peft_model
 from torch import nn
 from torch.nn import functional
@@ -407,6 +407,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
         ):
             scores = judge.localize(judge.tasks[name], method, seed, n_samples)
             print(f"{name:24}{method:12} {n_samples:4} samples  seed {seed}  {scores.seconds:7.1f} s", flush=True)
+        run = {"command": judge.command, "machine": machine(), "versions": versions()}
+        write_json(args.output / STABILITY, run)
         return None
     planned = [arm for arm in arms(args) if not (args.output / ARMS / arm.file).exists()]
     for number, arm in enumerate(planned, 1):

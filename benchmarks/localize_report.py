@@ -17,6 +17,8 @@ from p2d_peft.heads import comparison
 
 # in the output folder
 SETTINGS, ARMS, SCORES, BASE, FULL_STEP = "settings.json", "arms", "scores", "base", "full_step"
+# what the scores by which stability is told were made with, where no arm says it
+STABILITY = "stability.json"
 # random heads, evenly over the depth: what a method has to beat
 CONTROL = ("random", "spread")
 RESAMPLES = 10_000
@@ -99,6 +101,7 @@ def summarize(folder: Path, times: bool = True) -> Row:
     """Everything that the report says, as plain JSON types; without `times` nothing about seconds."""
     names = tuple(name for name in MEANS if times or name not in TIMES)
     arms = [read_json(path) for path in sorted((folder / ARMS).glob("*.json"))]
+    runs = arms + [read_json(path) for path in [folder / STABILITY] if path.exists()]
     tasks = sorted({arm["task"] for arm in arms})
     pairs = {(*_setting(arm), arm["method"], arm["choice"]): arm for arm in arms}
     methods = []
@@ -120,8 +123,8 @@ def summarize(folder: Path, times: bool = True) -> Row:
     methods.sort(key=lambda row: (-row["ratio"], row["lr"], row["choice"], row["nll"]))
     return {
         "settings": read_json(folder / SETTINGS),
-        "commands": distinct(arm["command"] for arm in arms),
-        "environments": distinct({"machine": arm["machine"], "versions": arm["versions"]} for arm in arms),
+        "commands": distinct(run["command"] for run in runs),
+        "environments": distinct({"machine": run["machine"], "versions": run["versions"]} for run in runs),
         "seeds": sorted({arm["seed"] for arm in arms}),
         "control": dict(zip(("method", "choice"), CONTROL, strict=True)),
         "base": [read_json(path) for path in sorted((folder / BASE).glob("*.json"))],

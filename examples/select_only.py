@@ -36,9 +36,8 @@ pool, target = read_dataset(args.pool), read_dataset(args.target)
 samples = prepare_samples(target, tokenizer, sft_args, name="target")
 batches = [batch for _, batch in samples.batches(8, device)]
 # of the first layers: the pass that scores a row ends above them
-scores = localize_heads(
-    model, batches, method="proxy"
-)  # or, which was as good, `localize_heads(model, [], method="random")`
+# or, which was as good and is free: localize_heads(model, [], method="random")
+scores = localize_heads(model, batches, method="proxy")
 heads = scores.top(0.1, per_layer="even", first_layers=0.2)
 selector = P2DDataSelector(
     model, tokenizer, heads=heads, target=target, args=sft_args, ratio=0.1, policies=[RoundRobin()]

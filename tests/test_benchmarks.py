@@ -305,6 +305,7 @@ def test_localize_report_says_what_the_arms_say(judged, tmp_path, capsys):
         assert sum(map(len, arm["heads"].values())) == 3  # 20 % of 16
         if arm["choice"] == "spread":
             assert all(len(heads) == 1 for heads in arm["heads"].values())
+    assert any("--stability-samples" in command for command in summary["commands"])
     stability = summary["stability"]
     assert {row["samples"] for row in stability["between_seeds"]} == {4, 8}
     assert all(row["samples"] == 4 and row["pairs"] == 2 for row in stability["with_most_samples"])

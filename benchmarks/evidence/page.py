@@ -42,7 +42,7 @@ FULL, CONFIRM, GSM8K = (PROFILES / f"{name}.yaml" for name in ("full", "confirm"
 GONE = ("claims.yaml", "claims2.yaml", "claims3.yaml", "fifth.yaml", "late.yaml", "qo.yaml")
 # where our results are, and the folder of those that stand on the main page
 RESULTS, MAIN = Path(__file__).parent.parent / "results", "evidence"
-# and the folder and the page of the tasks that no default was chosen by
+# and the folder and the page of the tasks that were run when all defaults but one, that heads are drawn, had been chosen
 OTHERS, OTHERS_PAGE = "evidence_other_tasks", "other-tasks.md"
 # and some of the main folder's arms, run once more on another machine
 RERUN = "evidence_rerun"
@@ -60,7 +60,7 @@ def read_results(results: Path) -> Evidence:
 
 
 def read_others(results: Path) -> Evidence | None:
-    """Beside our main results, those of the tasks that no default was chosen by, as far as there are any."""
+    """Beside our main results, those of the other tasks, as far as there are any."""
     return _beside_main(results, OTHERS)
 
 
@@ -243,7 +243,7 @@ def _picture(address: str) -> str:
 
 
 def _claims(evidence: Evidence, others: Evidence | None) -> str:
-    """The verdicts and their figures; on the main page with those of the tasks that no default was chosen by."""
+    """The verdicts and their figures; on the main page with those of the other tasks."""
     header = ["", "claim", "", "figures"]
     rows = [
         [str(number), claim.text, _verdict(claim), "<br>".join(claim.figures)]
@@ -268,13 +268,15 @@ def _chosen_by(evidence: Evidence) -> str:
         return (
             f"{before}The defaults that they are judged by were not: they were changed four times, each time after earlier ones "
             "had been looked at on these targets' test rows. So what holds here was chosen among several by the rows that it is "
-            f"judged on. [Other tasks]({OTHERS_PAGE}), which no default was chosen by, say how much of it stays."
+            f"judged on. [Other tasks]({OTHERS_PAGE}), which no default was chosen by but that heads are drawn, say how much of it stays."
         )
     if planned == CONFIRM:
         return (
-            f"{before}So were, in `{planned.name}`, these targets, the learning rates and, but for those of `bm25/robin`, the arms; and "
-            "no default was chosen by these tasks or changed after them. What holds here holds on tasks that nobody had looked at. (Profile "
-            "and first results came in one commit, so that the order has to be taken on trust.) "
+            f"{before}So were, in `{planned.name}`, these targets, the learning rates and the arms with found heads but for those of "
+            "`bm25/robin`. (Profile and first results came in one commit, so that the order has to be taken on trust.) No default was "
+            "chosen by these tasks, but for one: that heads are drawn was decided when found heads had been no better on the first tasks, nor on "
+            f"these. So what holds here of found heads holds on tasks that nobody had looked at; the arms of `{P2D[0]}` with `{P2D[1]}` were "
+            "added when its halves had been seen here beside found heads, and before they were seen together. "
             f"{_seeds_so_far(evidence, planned)} The two sides of a pair may be of different machines and versions."
         )
     return ""
@@ -618,7 +620,7 @@ def readme_tables(evidence: Evidence, others: Evidence | None) -> str:
     if others is None:
         return readme_table(evidence)
     return (
-        f"{readme_table(evidence)}\n\nAnd on [other tasks](docs/{OTHERS_PAGE}), which no default was chosen by:\n\n"
+        f"{readme_table(evidence)}\n\nAnd on [other tasks](docs/{OTHERS_PAGE}), which no default was chosen by but that heads are drawn:\n\n"
         f"{readme_table(others)}"
     )
 

@@ -93,7 +93,7 @@ def localize_heads(
             `labels` of shape (B, T), int64, labels -100 on tokens that do not count. An encoder-decoder's labels are its
             decoder's, of a length of their own. `magnitude` and `random` read none.
         method (`str` or `Callable`):
-            None is the default, since none found heads that learned more than a draw's (`docs/localization.md`):
+            There is no default, as none was seen to find heads that learn more than a draw's (`docs/localization.md`):
 
             - `"proxy"`: the paper's, the shift of a head's weights in a short proxy run over the batches;
             - `"taylor"`: the sum of |gradient x weight| over a head's slices, sample by sample;

@@ -40,8 +40,8 @@ class P2DConfig(SFTConfig):
         localize_method (`str`, *optional*, defaults to `"random"`):
             How heads are found: `"proxy"` (the paper's), `"taylor"`, `"gate"`, `"fisher"`, `"gain"`, `"gain_sgd"`,
             `"agreement"`, `"ablation"`, `"trained"`, `"magnitude"` or `"random"`; see [`localize_heads`]. By default they are
-            drawn with `seed`, evenly over the layers, which costs nothing: no method's heads learned more, on any task
-            (`docs/localization.md`).
+            drawn with `seed`, evenly over the layers, which costs nothing: over eight tasks no method's heads learned more,
+            beyond the noise (`docs/localization.md`).
         data_ratio (`float`, *optional*, defaults to `0.1`):
             Share of the rows of `train_dataset` to train on, in (0, 1]. The paper takes 10 %.
         scorer (`str`, *optional*, defaults to `"affinity"`):
@@ -104,7 +104,7 @@ class P2DConfig(SFTConfig):
     localize_method: LocalizeMethod = field(
         default="random",
         metadata={
-            "help": "How heads are found. random: by a draw, since no other method's heads learned more. proxy (the paper's): "
+            "help": "How heads are found. random: by a draw, as no other method's heads were seen to learn more. proxy (the paper's): "
             "by their shift in a short training; taylor, fisher, gain, gain_sgd, agreement: by gradients of their "
             "weights; gate, ablation: by what the loss is without them, also on quantized models; trained: by training "
             "each, on small models; magnitude: by the norm of their weights."
