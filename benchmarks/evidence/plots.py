@@ -15,7 +15,7 @@ from .choose import HEADS
 from .claims import EPOCHS, P2D
 from .defaults import TRIED
 from .profile import split_ratio
-from .summary import REFERENCE, Evidence
+from .summary import Evidence
 
 
 if TYPE_CHECKING:
@@ -76,9 +76,10 @@ def _aer(evidence: Evidence) -> Figure | None:
 
 
 def _stages(evidence: Evidence) -> Figure | None:
-    """Seconds by stage, of P2D and of the reference."""
+    """Seconds by stage, of P2D and of the reference on the same machine."""
     of_targets = {target: evidence.lines.get(("mixed", target, *P2D, EPOCHS)) for target in evidence.targets}
-    targets = [target for target, line in of_targets.items() if line is not None and evidence.timed(line)]
+    measures = {target: evidence.measure(line) for target, line in of_targets.items() if line is not None}
+    targets = [target for target, reference in measures.items() if reference is not None]
     if not targets:
         return None
     figure = _new(7, 1.2 + 0.6 * (len(targets) + 1))
@@ -89,7 +90,7 @@ def _stages(evidence: Evidence) -> Figure | None:
             seconds = line.seconds(stage)
             axes.barh(f"P2D, {target}", seconds, left=left, color=color, label=stage if target == targets[0] else None)
             left += seconds
-    reference = evidence.lines.get(("mixed", targets[0], *REFERENCE, EPOCHS))
+    reference = measures[targets[0]]
     if reference is not None:
         axes.barh("full fine-tuning, all rows", reference.seconds("train"), color="#94a3b8", label="reference")
     axes.invert_yaxis()

@@ -117,15 +117,17 @@ class Evidence:
         return sorted({line.target for line in self.lines.values()})
 
     def aer(self, line: Line) -> float | None:
+        """Seconds of all stages over those of what [`measure`] finds; None where it finds nothing."""
+        reference = self.measure(line)
+        return reference and line.seconds("localize", "select", "train") / reference.seconds("train")
+
+    def measure(self, line: Line) -> Line | None:
         """
-        Seconds of all stages over those of full fine-tuning on all of the pool for as many epochs, here or `again`; None
-        without such a reference, or where the two can't be compared, see [`comparable`].
+        Full fine-tuning on all of a line's pool for as many epochs, here or `again`; None without such a reference, or where
+        the two can't be compared, see [`comparable`].
         """
-        measures = [self.reference(line)] + ([self.again.reference(line)] if self.again else [])
-        for reference in measures:
-            if reference is not None and comparable([line, reference]):
-                return line.seconds("localize", "select", "train") / reference.seconds("train")
-        return None
+        references = [self.reference(line)] + ([self.again.reference(line)] if self.again else [])
+        return next((other for other in references if other is not None and comparable([line, other])), None)
 
     def reference(self, line: Line) -> Line | None:
         """Full fine-tuning on all of a line's pool for as many epochs, whichever targets it was tested on."""
