@@ -56,8 +56,8 @@ def _method(method: str) -> Alternative:
     return Alternative("localize_method", f"`{method}`", (FOUND[0], P2D[1]), (FOUND[0], f"heads:{method}/late"))
 
 
-def _rows(instead: str, data: str, setting: str = "mixed") -> Alternative:
-    return Alternative("scorer", instead, WITH_FOUND_HEADS, (data, FOUND[1]), setting)
+def _rows(instead: str, data: str) -> Alternative:
+    return Alternative("scorer", instead, WITH_FOUND_HEADS, (data, FOUND[1]))
 
 
 def _scoring(instead: str, share: str) -> list[Alternative]:

@@ -77,22 +77,20 @@ def _aer(evidence: Evidence) -> Figure | None:
 
 def _stages(evidence: Evidence) -> Figure | None:
     """Seconds by stage, of P2D and of the reference on the same machine."""
-    of_targets = {target: evidence.lines.get(("mixed", target, *P2D, EPOCHS)) for target in evidence.targets}
-    measures = {target: evidence.measure(line) for target, line in of_targets.items() if line is not None}
-    targets = [target for target, reference in measures.items() if reference is not None]
-    if not targets:
+    lines = (evidence.lines.get(("mixed", target, *P2D, EPOCHS)) for target in evidence.targets)
+    measured = [(line, reference) for line in lines if line is not None and (reference := evidence.measure(line))]
+    if not measured:
         return None
-    figure = _new(7, 1.2 + 0.6 * (len(targets) + 1))
+    figure = _new(7, 1.2 + 0.6 * (len(measured) + 1))
     axes = figure.subplots()
-    for target in targets:
-        line, left = evidence.lines[("mixed", target, *P2D, EPOCHS)], 0.0
+    for number, (line, _) in enumerate(measured):
+        left = 0.0
         for stage, color in zip(STAGES, ("#0f766e", "#2563eb", "#c2410c"), strict=True):
             seconds = line.seconds(stage)
-            axes.barh(f"P2D, {target}", seconds, left=left, color=color, label=stage if target == targets[0] else None)
+            axes.barh(f"P2D, {line.target}", seconds, left=left, color=color, label=None if number else stage)
             left += seconds
-    reference = measures[targets[0]]
-    if reference is not None:
-        axes.barh("full fine-tuning, all rows", reference.seconds("train"), color="#94a3b8", label="reference")
+    _, reference = measured[0]
+    axes.barh("full fine-tuning, all rows", reference.seconds("train"), color="#94a3b8", label="reference")
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
     axes.legend(fontsize=8)
