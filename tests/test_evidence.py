@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+import typing
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,8 @@ from trl import SFTTrainer
 
 from p2d_peft import HeadScores, P2DConfig
 from p2d_peft.heads import ModelGeometry
-from p2d_peft.selection.policies import RoundRobin
+from p2d_peft.selection import selector
+from p2d_peft.selection.policies import Diverse, RoundRobin
 from p2d_peft.selection.samples import prepare_samples
 
 from .benchmark_files import BENCHMARKS, load_benchmark
@@ -748,6 +750,26 @@ def test_defaults_stand_against_what_was_run_in_their_place():
     assert [seconds for a, _, seconds in defaults.measured(slow) if a.instead == "heads of all layers"] == [8 / 9, 0.5]
 
 
+def test_the_picture_of_the_shares():
+    """Around P2D: all heads and all rows are its last points, and other sides are not in it."""
+    pytest.importorskip("matplotlib")
+    data, parameters = claims.P2D
+    sides = {
+        claims.P2D: (20, 1.0, 1.0),
+        (data, f"{parameters}@0.01"): (10, 1.0, 1.0),
+        (data, "heads:all"): (30, 1.0, 1.0),
+        (f"{data}@0.3", parameters): (25, 1.0, 1.0),
+        ("full", parameters): (40, 1.0, 1.0),
+        ("full", "heads:all"): (0, 1.0, 1.0),
+        ("full", "full"): (0, 1.0, 1.0),
+        claims.FOUND: (0, 1.0, 1.0),
+    }
+    heads, of_rows = plots._ratios(evidence_of(sides, targets="a")).axes
+    assert heads.lines[0].get_xydata().tolist() == [[1, 25], [10, 50], [100, 75]]
+    assert of_rows.lines[0].get_xydata().tolist() == [[10, 50], [30, 62.5], [100, 100]]
+    assert plots._ratios(evidence_of({claims.P2D: (20, 1.0, 1.0)})) is None
+
+
 @pytest.mark.parametrize("alternative", defaults.ALTERNATIVES, ids=lambda a: f"{a.field}-{a.instead}")
 def test_what_stands_in_a_defaults_place_is_in_the_full_profile(alternative):
     cells = profile.Profile.read(PROFILES[0].with_name("full.yaml")).cells()
@@ -1046,14 +1068,21 @@ def test_a_cell_says_how_heads_and_rows_are_chosen(tmp_path, monkeypatch):
     chooser.rows(made, a_cell("mixed", data="affinity:proxy/fifth/robin@0.3"), 3)
     chooser.rows(made, a_cell("mixed", data="gradient:gain"), 3)
     chooser.rows(made, a_cell("mixed", data="affinity:all/first"), 3)
+    chooser.rows(made, a_cell("mixed", data="affinity:all/robin/diverse"), 3)
     scores, _ = chooser.scores(made, a_cell("mixed"), "proxy", 3)
     assert scores.method == "proxy"
     assert [(of["scorer"], of["ratio"], of["seed"]) for of in asked] == [
         ("affinity", 0.3, 3),
         ("gradient", 0.1, 3),
         ("affinity", 0.1, 3),
+        ("affinity", 0.1, 3),
     ]
-    assert [[type(policy) for policy in of["policies"]] for of in asked] == [[RoundRobin], [], []]
+    assert [[type(policy) for policy in of["policies"]] for of in asked] == [
+        [RoundRobin],
+        [],
+        [],
+        [RoundRobin, Diverse],
+    ]
     assert asked[0]["heads"] == scores.top(0.1, per_layer="even", first_layers=0.2)
     assert max(asked[0]["heads"].layers) < 2
     assert asked[1]["heads"] == chooser.scores(made, a_cell("mixed"), "gain", 3)[0].top(0.1, per_layer="even")
@@ -1063,6 +1092,15 @@ def test_a_cell_says_how_heads_and_rows_are_chosen(tmp_path, monkeypatch):
     trained = chooser.trained_heads(made, a_cell("mixed", parameters="heads:proxy/late@0.3"), 3)
     assert trained == scores.top(0.3, per_layer="even", last_layers=0.67) != scores.top(0.3, per_layer="even")
     assert chooser.trained_heads(made, a_cell("mixed", parameters="lora-all"), 3) is None
+
+
+def test_rows_may_be_picked_against_their_likeness():
+    """By the scorers whose features tell what is alike."""
+    with_features = {name for name in typing.get_args(selector.ScorerName) if selector._SCORERS[name].features}
+    assert set(profile.WITH_FEATURES) == with_features
+    data = profile.Data.read("affinity:random/fifth/robin/diverse@0.3")
+    assert (data.robin, data.diverse, data.ratio) == (True, True, 0.3)
+    assert str(data) == "affinity:random/fifth/robin/diverse@0.3"
 
 
 def test_what_an_adapters_name_stands_for():
@@ -1102,6 +1140,7 @@ def test_the_small_profile_is_part_of_the_full_one():
         ({"arms": [{**a_profile()["arms"][0], "data": ["affinity:proxy/robin/first"]}]}, "write SCORER"),
         ({"arms": [{**a_profile()["arms"][0], "data": ["perplexity/robin"]}]}, "write SCORER"),
         ({"arms": [{**a_profile()["arms"][0], "data": ["rds/first"]}]}, "write SCORER"),
+        ({"arms": [{**a_profile()["arms"][0], "data": ["bm25/robin/diverse"]}]}, "write SCORER"),
         ({"arms": [{**a_profile()["arms"][0], "data": ["best"]}]}, "'best' is neither 'full' nor"),
         ({"arms": [{**a_profile()["arms"][0], "parameters": ["heads:best"]}]}, "write heads:METHOD"),
         ({"arms": [{**a_profile()["arms"][0], "parameters": ["heads:gate/nowhere"]}]}, "write heads:METHOD"),

@@ -20,7 +20,7 @@ from trl import SFTConfig
 from p2d_peft import HeadScores, HeadSet, P2DDataSelector, localize_heads
 from p2d_peft.files import read_json, write_json
 from p2d_peft.heads import ModelGeometry
-from p2d_peft.selection.policies import RoundRobin
+from p2d_peft.selection.policies import Diverse, Policy, RoundRobin
 from p2d_peft.selection.samples import prepare_samples
 
 from .problem import Split, as_dataset
@@ -138,6 +138,9 @@ class Chooser:
         path = self._rows_file(cell, seed)
         if not path.exists():
             model = self.load()
+            policies: list[Policy] = [RoundRobin()] if data.robin else []
+            if data.diverse:
+                policies.append(Diverse())
             selector = P2DDataSelector(
                 model,
                 self.tokenizer,
@@ -145,7 +148,7 @@ class Chooser:
                 target=as_dataset(problem.target) if problem.target else None,
                 scorer=data.scorer,  # type: ignore[arg-type]
                 ratio=data.ratio,
-                policies=[RoundRobin()] if data.robin else [],
+                policies=policies,
                 args=self.arguments,
                 batch_size=self.batch_size,
                 seed=seed,

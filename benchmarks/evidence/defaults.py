@@ -10,7 +10,7 @@ from .claims import EPOCHS, FOUND, P2D
 from .summary import Comparison, Evidence, comparable, compare
 
 
-# The sides on which shares of heads and of rows are tried: cheaper to train, the same on both.
+# The sides on which shares of heads and of rows were tried when heads were found: cheaper to train.
 TRIED = ("affinity:proxy/first/robin", "heads:proxy/last")
 # Other ways to choose rows were run with found heads to train, on which rows are chosen by P2DTrainer's defaults as well.
 WITH_FOUND_HEADS = (P2D[0], FOUND[1])
@@ -67,12 +67,12 @@ def _scoring(instead: str, share: str) -> list[Alternative]:
     ]
 
 
-def _heads(instead: str, parameters: str) -> Alternative:
-    return Alternative("head_ratio", instead, TRIED, (TRIED[0], parameters))
+def _heads(instead: str, share: str) -> list[Alternative]:
+    return [Alternative("head_ratio", instead, side, (side[0], f"{side[1]}{share}")) for side in (P2D, TRIED)]
 
 
-def _ratio(instead: str, data: str) -> Alternative:
-    return Alternative("data_ratio", instead, TRIED, (data, TRIED[1]))
+def _ratio(instead: str, share: str) -> list[Alternative]:
+    return [Alternative("data_ratio", instead, side, (f"{side[0]}{share}", side[1])) for side in (P2D, TRIED)]
 
 
 ALTERNATIVES = (
@@ -85,9 +85,10 @@ ALTERNATIVES = (
     Alternative(
         "heads_per_layer", "the best heads of all layers, wherever they lie", FOUND, (FOUND[0], "heads:proxy/global")
     ),
-    _heads("a hundredth", f"{TRIED[1]}@0.01"),
-    _heads("a twentieth", f"{TRIED[1]}@0.05"),
-    _heads("three tenths", f"{TRIED[1]}@0.3"),
+    *_heads("a hundredth", "@0.01"),
+    *_heads("a twentieth", "@0.05"),
+    *_heads("three tenths", "@0.3"),
+    Alternative("head_ratio", "all heads, of all layers", P2D, (P2D[0], "heads:all")),
     Alternative("scorer", "random rows", P2D, ("random", P2D[1])),
     Alternative("scorer", "random rows", P2D, ("random", P2D[1]), "own"),
     _rows("`bm25`", "bm25/robin"),
@@ -102,10 +103,13 @@ ALTERNATIVES = (
     *_scoring("heads of all layers", ""),
     Alternative("round_robin", "the best scores", P2D, ("affinity:random/fifth", P2D[1]), "own"),
     Alternative("round_robin", "the best scores", FOUND, ("affinity:proxy/fifth", FOUND[1]), "own"),
-    _ratio("a hundredth", f"{TRIED[0]}@0.01"),
-    _ratio("a twentieth", f"{TRIED[0]}@0.05"),
-    _ratio("three tenths", f"{TRIED[0]}@0.3"),
-    _ratio("all rows", "full"),
+    Alternative("round_robin", "turns, then `Diverse`", P2D, (f"{P2D[0]}/diverse", P2D[1]), "own"),
+    Alternative("round_robin", "turns, then `Diverse`", P2D, (f"{P2D[0]}/diverse", P2D[1])),
+    Alternative("round_robin", "`Diverse`", P2D, ("affinity:random/fifth/diverse", P2D[1]), "own"),
+    *_ratio("a hundredth", "@0.01"),
+    *_ratio("a twentieth", "@0.05"),
+    *_ratio("three tenths", "@0.3"),
+    Alternative("data_ratio", "all rows", P2D, ("full", P2D[1])),
 )
 
 

@@ -26,8 +26,8 @@ from .summary import Evidence, Line, Result, read_evidence
 PICTURES = {
     "aer.svg": "Exact match against AER, a point for each line of the mixed pool's table; P2D in orange",
     "stages.svg": "Seconds by stage, of P2D and of full fine-tuning on all rows",
-    "ratios.svg": "Exact match over the share of the heads and over the share of the rows, with heads of the last third of the layers; "
-    "most with one seed",
+    "ratios.svg": "Exact match over the share of the heads and over the share of the rows, all else as by P2DTrainer's "
+    "defaults; most with one seed",
     "heads.svg": "Scores of the heads by `proxy` for each target; framed are those that it would train",
 }
 SETTINGS_TEXT = {
@@ -78,7 +78,7 @@ def page(evidence: Evidence, results: Path, pictures: list[str], others: Evidenc
         "How good P2D is on a small model, against what one would pick instead. Written by `python "
         f"benchmarks/run_evidence.py report` from the files in `{_folder(results)}`, one for each training; {evidence.arms} so far. {_to_rerun(evidence, results)}",
         "Rows are named by what chooses them: `SCORER:HEADS`, `/fifth` or `/first` where only heads of the first fifth or third "
-        "of the layers score, `/robin` where the target's samples take turns. Weights are named by what is trained: "
+        "of the layers score, `/robin` where the target's samples take turns, `/diverse` where rows are picked against their likeness to those picked before. Weights are named by what is trained: "
         f"`heads:METHOD`, `/late` or `/last` for heads of the last two thirds or the last third, `heads-qo` without keys and values; `{P2D[0]}` with `{P2D[1]}` is what `P2DTrainer` does by default. `@` is a share other "
         "than a tenth.",
         f"The model is {evidence.settings['model']}, the rows are {_source(evidence)}. {_pools(evidence)}; heads and rows are chosen with {problem['target_rows']} samples of the target that are not in it, the "
@@ -355,8 +355,8 @@ def _defaults(evidence: Evidence) -> str:
     ]
     return (
         "Each row has one choice of P2DTrainer's defaults against another, everything else being the same; some were compared with "
-        "heads that `proxy` found on both sides, when these were the default. Shares of heads and of rows are tried with "
-        f"`{TRIED[0]}` and `{TRIED[1]}`, which is cheaper to train.\n\n"
+        "heads that `proxy` found on both sides, when these were the default. Earlier, shares of heads and of rows "
+        f"were tried with `{TRIED[0]}` and `{TRIED[1]}`.\n\n"
         f"{_markdown([*header, 'pairs'], rows)}"
     )
 

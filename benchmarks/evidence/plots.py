@@ -13,7 +13,6 @@ from p2d_peft.heads import HeadScores
 
 from .choose import HEADS
 from .claims import EPOCHS, P2D
-from .defaults import TRIED
 from .profile import split_ratio
 from .summary import Evidence
 
@@ -98,32 +97,43 @@ def _stages(evidence: Evidence) -> Figure | None:
 
 
 def _ratios(evidence: Evidence) -> Figure | None:
-    """Exact match over the share of the heads and over the share of the rows."""
+    """Exact match over the share of the heads and over the share of the rows, around P2D's."""
     found: dict[str, dict[str, dict[float, float]]] = {"heads": {}, "rows": {}}
     for line in evidence.lines.values():
         if line.setting != "mixed" or line.epochs != EPOCHS:
             continue
         (data, data_ratio), (parameters, head_ratio) = split_ratio(line.data), split_ratio(line.parameters)
         if data == "full":
-            data, data_ratio = TRIED[0], 1.0
-        if (data, parameters) != TRIED:
+            data, data_ratio = P2D[0], 1.0
+        if parameters == "heads:all":
+            parameters, head_ratio = P2D[1], 1.0
+        if (data, parameters) != P2D:
             continue
         value = 100 * line.mean("exact_match")
         if data_ratio == 0.1:
             found["heads"].setdefault(line.target, {})[head_ratio] = value
         if head_ratio == 0.1:
             found["rows"].setdefault(line.target, {})[data_ratio] = value
-    if not any(len(values) > 1 for of in found.values() for values in of.values()):
+    # a target of which no other share was tried has a point alone, which shows nothing
+    curves = {
+        what: {target: values for target, values in sorted(of.items()) if len(values) > 1}
+        for what, of in found.items()
+    }
+    if not any(curves.values()):
         return None
     figure = _new(9, 3.6)
-    for axes, (what, of_targets) in zip(figure.subplots(1, 2), found.items(), strict=True):
-        for target, values in sorted(of_targets.items()):
+    for axes, (what, of_targets) in zip(figure.subplots(1, 2), curves.items(), strict=True):
+        axes.set_xscale("log")
+        for target, values in of_targets.items():
             ratios = sorted(values)
             axes.plot([100 * ratio for ratio in ratios], [values[ratio] for ratio in ratios], "o-", label=target)
-        axes.set_xscale("log")
+        shares = sorted({100 * ratio for values in of_targets.values() for ratio in values})
+        axes.set_xticks(shares, [f"{share:g}" for share in shares])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.set(xlabel=f"{what}, %", ylabel="exact match, %")
-        axes.legend(fontsize=7)
+        if of_targets:
+            axes.legend(fontsize=7)
     return figure
 
 

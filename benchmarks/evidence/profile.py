@@ -27,6 +27,8 @@ _WITHOUT_TARGET = (None, "random", "magnitude", ALL_HEADS)
 METHODS = (*get_args(LocalizeMethod), ALL_HEADS)
 # by what stands in a row's name, the share of the layers, counted from the first one, whose heads score
 PARTS = {"first": 0.33, "fifth": 0.2}
+# the scorers by whose features rows can be told to be alike
+WITH_FEATURES = ("affinity", "gradient", "less", "rds")
 # `heads-qo` leaves out the keys and values that a group of heads shares
 OF_HEADS = ("heads", "heads-qo")
 ADAPTERS = ("full", "lora-attention", "lora-all", "shira", *OF_HEADS)
@@ -44,6 +46,7 @@ class Data:
             no more than that part of the model.
         robin (`bool`): Whether the target's samples take turns in picking rows, as P2DTrainer has it by default; else the
             best scores are kept.
+        diverse (`bool`): Whether rows are picked against their likeness to those before them, of the best four times as many.
         ratio (`float`): The share of the pool that is kept.
     """
 
@@ -51,11 +54,12 @@ class Data:
     heads: str | None = None
     part: str | None = None
     robin: bool = False
+    diverse: bool = False
     ratio: float = 0.1
 
     @classmethod
     def read(cls, text: str) -> Data:
-        """From `full`, or `SCORER[:HEADS][/PART][/robin][@RATIO]`; the ratio is a tenth where there is none."""
+        """From `full`, or `SCORER[:HEADS][/PART][/robin][/diverse][@RATIO]`; the ratio is a tenth where there is none."""
         name, ratio = split_ratio(text)
         start, *options = name.split("/")
         scorer, _, heads = start.partition(":")
@@ -65,14 +69,16 @@ class Data:
             raise ValueError(f"data '{text}': '{scorer}' is neither 'full' nor one of {list(get_args(ScorerName))}.")
         else:
             part = next((part for part in PARTS if part in options), None)
-            made = cls(scorer, heads or None, part, "robin" in options, ratio)
+            made = cls(scorer, heads or None, part, "robin" in options, "diverse" in options, ratio)
             fits = needs_heads(scorer) == bool(heads) and (not heads or heads in METHODS)  # type: ignore[arg-type]
             fits = fits and (bool(heads) or not made.part)
             fits = fits and (scores_per_target(scorer) or not made.robin)  # type: ignore[arg-type]
+            fits = fits and (scorer in WITH_FEATURES or not made.diverse)
             if not fits or str(made) != text:
                 raise ValueError(
-                    f"data '{text}': write SCORER[:HEADS][/PART][/robin][@RATIO], with HEADS of {list(METHODS)} and "
-                    f"PART of {list(PARTS)} for scorers with heads, and /robin for those that compare with the target's samples."
+                    f"data '{text}': write SCORER[:HEADS][/PART][/robin][/diverse][@RATIO], with HEADS of {list(METHODS)} and "
+                    f"PART of {list(PARTS)} for scorers with heads, /robin for those that compare with the target's samples, and "
+                    f"/diverse for {list(WITH_FEATURES)}."
                 )
         return made
 
@@ -81,7 +87,8 @@ class Data:
             return "full"
         heads = f":{self.heads}" if self.heads else ""
         part = f"/{self.part}" if self.part else ""
-        return f"{self.scorer}{heads}{part}{'/robin' * self.robin}{_suffix(self.ratio)}"
+        policies = "/robin" * self.robin + "/diverse" * self.diverse
+        return f"{self.scorer}{heads}{part}{policies}{_suffix(self.ratio)}"
 
 
 @dataclass(frozen=True)
