@@ -13,7 +13,7 @@ import yaml
 from localize import CHOICES
 
 from p2d_peft.heads.localize import LocalizeMethod
-from p2d_peft.selection.selector import ScorerName, needs_heads, scores_per_target
+from p2d_peft.selection.selector import ScorerName, has_features, needs_heads, scores_per_target
 
 from .bigbench import POOLS
 
@@ -28,7 +28,7 @@ METHODS = (*get_args(LocalizeMethod), ALL_HEADS)
 # by what stands in a row's name, the share of the layers, counted from the first one, whose heads score
 PARTS = {"first": 0.33, "fifth": 0.2}
 # the scorers by whose features rows can be told to be alike
-WITH_FEATURES = ("affinity", "gradient", "less", "rds")
+WITH_FEATURES = tuple(filter(has_features, get_args(ScorerName)))
 # `heads-qo` leaves out the keys and values that a group of heads shares
 OF_HEADS = ("heads", "heads-qo")
 ADAPTERS = ("full", "lora-attention", "lora-all", "shira", *OF_HEADS)

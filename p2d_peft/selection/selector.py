@@ -67,6 +67,11 @@ def scores_per_target(scorer: ScorerName) -> bool:
     return _SCORERS[scorer].per_target
 
 
+def has_features(scorer: ScorerName) -> bool:
+    """Whether a scorer has features of rows, by which `Diverse` tells what is alike."""
+    return _SCORERS[scorer].features
+
+
 def share_of_rows(ratio: float, n_rows: int) -> int:
     """How many of so many rows a ratio keeps: at least one."""
     return max(1, round(ratio * n_rows))
