@@ -84,6 +84,7 @@ CHOICES: dict[str, Callable[[HeadScores, float], HeadSet]] = {
     "groups": lambda scores, ratio: scores.top(ratio, per_group=1),
     "last": lambda scores, ratio: scores.top(ratio, per_layer="even", last_layers=LAST_LAYERS),
     "late": lambda scores, ratio: scores.top(ratio, per_layer="even", last_layers=LATE_LAYERS),
+    "late-groups": lambda scores, ratio: scores.top(ratio, per_layer="even", per_group=1, last_layers=LATE_LAYERS),
 }
 
 

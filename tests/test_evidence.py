@@ -21,7 +21,7 @@ import pytest
 import torch
 import yaml
 from transformers import AutoTokenizer
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from p2d_peft import HeadScores, P2DConfig
 from p2d_peft.heads import ModelGeometry
@@ -483,6 +483,26 @@ def test_no_worse_is_said_of_the_mean():
     ]
 
 
+@pytest.mark.parametrize(("nll", "verdict"), [(1.5, claims.UNDECIDED), (2.5, claims.NOT_HELD)])
+def test_where_no_answer_is_right_nll_says_whether_rows_are_worse(nll, verdict):
+    """As on GSM8K, where such a model gets none right."""
+    drawn = ("random", claims.P2D[1])
+    evidence = evidence_of({claims.P2D: (0, 8.0, nll), drawn: (0, 8.0, 2.0)}, targets="a")
+    own = {("own", *key[1:]): dataclasses.replace(line, setting="own") for key, line in evidence.lines.items()}
+    claim = claims.judge(dataclasses.replace(evidence, lines=own))[1]
+    assert claim.verdict == verdict
+    assert claim.figures[1:] == ["own pool: neither side has an answer that is right to the token, so NLL decides"]
+
+
+def test_claims_of_which_nothing_was_run_are_left_out():
+    evidence = evidence_of({claims.P2D: (3, 8.0, 1.0), ("random", claims.P2D[1]): (3, 8.0, 1.0)})
+    for others in (None, evidence_of(SIDES)):
+        text = page._claims(evidence, others)
+        assert "| 2 | Data matter" in text and "Heads matter" not in text
+        assert text.endswith("\n\nNothing that was run here says anything on claim 1, 3, 4, 5.")
+    assert "on claim" not in page._claims(evidence_of(SIDES), None)
+
+
 def test_coupling_of_the_heads_that_are_trained_stands_beside_the_third_claim():
     sides = {**SIDES, claims.SAME_HEADS: (30, 8.0, 1.0), ("affinity:random", "heads:proxy"): (20, 8.0, 1.0)}
     figures = claims.judge(evidence_of(sides))[2].figures
@@ -779,6 +799,12 @@ def test_what_stands_in_a_defaults_place_is_in_the_full_profile(alternative):
     assert alternative.field in {field.name for field in dataclasses.fields(P2DConfig)}
 
 
+def test_each_default_that_decides_what_is_trained_has_an_alternative():
+    fields = {field.name for field in dataclasses.fields(P2DConfig)} - {f.name for f in dataclasses.fields(SFTConfig)}
+    of_accounts = {"reference_seconds", "reference_report", "reference_steps", "report_samples"}
+    assert {alternative.field for alternative in defaults.ALTERNATIVES} == fields - of_accounts - {"p2d"}
+
+
 def test_the_report(results, tmp_path):
     pytest.importorskip("matplotlib")
     folder, _ = results
@@ -999,6 +1025,41 @@ def test_a_pool_is_the_same_for_all_targets():
     assert pools[0] == pools[1]
 
 
+@pytest.mark.parametrize("count", [2, 30])
+def test_rows_may_be_scored_by_fewer_or_more_samples(count, tmp_path, monkeypatch):
+    """The pool and the samples to localize by stay the same, and more samples begin with the same ones."""
+    cells = [a_cell("mixed", data=data) for data in ("affinity:all/robin", f"affinity:all/robin/from{count}")]
+    assert [cell.data.samples for cell in cells] == [None, count]
+    usual, made = (problem.split(tiny_tasks(), cell, ["copy"], sizes(), 0) for cell in cells)
+    assert dataclasses.replace(made, samples=usual.samples) == usual
+    assert usual.samples == usual.target and len(made.samples) == count
+    shorter, longer = sorted((usual.samples, made.samples), key=len)
+    assert longer[: len(shorter)] == shorter
+    prompts = [row["prompt"] for row in [*made.pool, *made.samples, *made.test["copy"], *made.validation["copy"]]]
+    assert len(prompts) == len(set(prompts))
+
+    chooser = choose.Chooser(
+        tmp_path, tiny_model, tiny_tokenizer(), tiny_arguments(tmp_path), nullcontext, batch_size=8
+    )
+    targets = []
+
+    class Selector:
+        def __init__(self, model, tokenizer, target, **options):
+            targets.append(target)
+
+        def select(self, pool):
+            self.rows, self.scores = [0], torch.zeros(len(pool))
+
+    monkeypatch.setattr(choose, "P2DDataSelector", Selector)
+    chooser.rows(made, cells[1], 0)
+    assert targets[0]["prompt"] == [row["prompt"] for row in made.samples]
+
+
+def test_samples_that_are_in_the_pool_are_told_of():
+    with pytest.raises(ValueError, match="are in the pool"):
+        problem.split(tiny_tasks(), a_cell("mixed", data="bm25/from1000"), ["copy"], sizes(), 0)
+
+
 def test_too_few_rows_and_leaks_are_told_of():
     with pytest.raises(ValueError, match="rows left for the pool, asked for are 1000"):
         problem.split(tiny_tasks(), a_cell("mixed"), ["copy"], sizes(pool_rows=1000), 0)
@@ -1141,6 +1202,8 @@ def test_the_small_profile_is_part_of_the_full_one():
         ({"arms": [{**a_profile()["arms"][0], "data": ["perplexity/robin"]}]}, "write SCORER"),
         ({"arms": [{**a_profile()["arms"][0], "data": ["rds/first"]}]}, "write SCORER"),
         ({"arms": [{**a_profile()["arms"][0], "data": ["bm25/robin/diverse"]}]}, "write SCORER"),
+        ({"arms": [{**a_profile()["arms"][0], "data": ["perplexity/from10"]}]}, "write SCORER"),
+        ({"arms": [{**a_profile()["arms"][0], "data": ["bm25/from0"]}]}, "write SCORER"),
         ({"arms": [{**a_profile()["arms"][0], "data": ["best"]}]}, "'best' is neither 'full' nor"),
         ({"arms": [{**a_profile()["arms"][0], "parameters": ["heads:best"]}]}, "write heads:METHOD"),
         ({"arms": [{**a_profile()["arms"][0], "parameters": ["heads:gate/nowhere"]}]}, "write heads:METHOD"),

@@ -145,7 +145,7 @@ class Chooser:
                 model,
                 self.tokenizer,
                 heads=self._scoring_heads(problem, cell, seed, model),
-                target=as_dataset(problem.target) if problem.target else None,
+                target=as_dataset(problem.samples) if problem.samples else None,
                 scorer=data.scorer,  # type: ignore[arg-type]
                 ratio=data.ratio,
                 policies=policies,

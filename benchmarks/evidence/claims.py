@@ -164,12 +164,18 @@ def _data(evidence: Evidence) -> Claim:
     figures = [_figure(name, found) for name, found in (("mixed pool", mixed), ("own pool", own)) if found]
     if own is None:
         figures.append("own pool: not run")
-    elif own.exact_match["mean"] < 0:  # by the mean, as claim 5
-        if own.exact_match["high"] >= 0:
+    else:
+        sides = [evidence.lines["own", name, *side, EPOCHS] for name in own.of_targets for side in (P2D, drawn)]
+        by_nll = not any(line.mean("exact_match") for line in sides)
+        loss = own.nll["mean"] if by_nll else -own.exact_match["mean"]  # by the mean, as claim 5
+        if by_nll:
+            figures.append("own pool: neither side has an answer that is right to the token, so NLL decides")
+        elif loss > 0 and own.exact_match["high"] >= 0:
             figures.append("own pool: the mean is worse, though the interval holds zero")
-        if mixed is not None and mixed.exact_match["mean"] >= LEAST_GAIN_OF_DATA:
-            figures.append("the first half holds, the second does not")
-        return Claim(text, NOT_HELD, figures)  # whatever the mixed pool says
+        if loss > 0:
+            if mixed is not None and mixed.exact_match["mean"] >= LEAST_GAIN_OF_DATA:
+                figures.append("the first half holds, the second does not")
+            return Claim(text, NOT_HELD, figures)  # whatever the mixed pool says
     if mixed is None:
         return Claim(text, UNDECIDED, figures)
     verdict = _settled(mixed.exact_match["mean"] >= LEAST_GAIN_OF_DATA, len(mixed.of_targets))

@@ -71,6 +71,12 @@ def _heads(instead: str, share: str) -> list[Alternative]:
     return [Alternative("head_ratio", instead, side, (side[0], f"{side[1]}{share}")) for side in (P2D, TRIED)]
 
 
+def _samples(instead: str, count: str) -> Alternative:
+    return Alternative(
+        "target_samples", instead, (f"{P2D[0]}/from{P2DConfig.target_samples}", P2D[1]), (f"{P2D[0]}{count}", P2D[1])
+    )
+
+
 def _ratio(instead: str, share: str) -> list[Alternative]:
     return [Alternative("data_ratio", instead, side, (f"{side[0]}{share}", side[1])) for side in (P2D, TRIED)]
 
@@ -84,6 +90,9 @@ ALTERNATIVES = (
     *map(_method, ("proxy", "gate", "gain", "taylor", "fisher", "agreement", "magnitude")),
     Alternative(
         "heads_per_layer", "the best heads of all layers, wherever they lie", FOUND, (FOUND[0], "heads:proxy/global")
+    ),
+    Alternative(
+        "heads_per_group", "one of those that share keys and values", FOUND, (FOUND[0], "heads:proxy/late-groups")
     ),
     *_heads("a hundredth", "@0.01"),
     *_heads("a twentieth", "@0.05"),
@@ -106,6 +115,8 @@ ALTERNATIVES = (
     Alternative("round_robin", "turns, then `Diverse`", P2D, (f"{P2D[0]}/diverse", P2D[1]), "own"),
     Alternative("round_robin", "turns, then `Diverse`", P2D, (f"{P2D[0]}/diverse", P2D[1])),
     Alternative("round_robin", "`Diverse`", P2D, ("affinity:random/fifth/diverse", P2D[1]), "own"),
+    _samples("40, as in all other rows", ""),
+    _samples("10", "/from10"),
     *_ratio("a hundredth", "@0.01"),
     *_ratio("a twentieth", "@0.05"),
     *_ratio("three tenths", "@0.3"),

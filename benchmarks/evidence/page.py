@@ -78,8 +78,8 @@ def page(evidence: Evidence, results: Path, pictures: list[str], others: Evidenc
         "How good P2D is on a small model, against what one would pick instead. Written by `python "
         f"benchmarks/run_evidence.py report` from the files in `{_folder(results)}`, one for each training; {evidence.arms} so far. {_to_rerun(evidence, results)}",
         "Rows are named by what chooses them: `SCORER:HEADS`, `/fifth` or `/first` where only heads of the first fifth or third "
-        "of the layers score, `/robin` where the target's samples take turns, `/diverse` where rows are picked against their likeness to those picked before. Weights are named by what is trained: "
-        f"`heads:METHOD`, `/late` or `/last` for heads of the last two thirds or the last third, `heads-qo` without keys and values; `{P2D[0]}` with `{P2D[1]}` is what `P2DTrainer` does by default. `@` is a share other "
+        "of the layers score, `/robin` where the target's samples take turns, `/diverse` where rows are picked against their likeness to those picked before, `/from10` where they are scored by so many of the target's samples. Weights are named by what is trained: "
+        f"`heads:METHOD`, `/late` or `/last` for heads of the last two thirds or the last third, `-groups` for one at most of those that share keys and values, `heads-qo` without keys and values; `{P2D[0]}` with `{P2D[1]}` is what `P2DTrainer` does by default. `@` is a share other "
         "than a tenth.",
         f"The model is {evidence.settings['model']}, the rows are {_source(evidence)}. {_pools(evidence)}; heads and rows are chosen with {problem['target_rows']} samples of the target that are not in it, the "
         f"learning rate with {problem['validation_rows']} held-out rows and the first seed, and tested are "
@@ -243,17 +243,22 @@ def _picture(address: str) -> str:
 
 
 def _claims(evidence: Evidence, others: Evidence | None) -> str:
-    """The verdicts and their figures; on the main page with those of the other tasks."""
+    """The verdicts and their figures, where there are any; on the main page with those of the other tasks."""
     header = ["", "claim", "", "figures"]
+    judged = judge(evidence)
     rows = [
         [str(number), claim.text, _verdict(claim), "<br>".join(claim.figures)]
-        for number, claim in enumerate(judge(evidence), 1)
+        for number, claim in enumerate(judged, 1)
+        if claim.figures
     ]
     if others is not None:
         header.insert(3, f"on [other tasks]({OTHERS_PAGE})")
-        for row, claim in zip(rows, judge(others), strict=True):
-            row.insert(3, _verdict(claim))
-    return _markdown(header, rows)
+        of_others = judge(others)
+        for row in rows:
+            row.insert(3, _verdict(of_others[int(row[0]) - 1]))
+    table = _markdown(header, rows)
+    silent = [str(number) for number, claim in enumerate(judged, 1) if not claim.figures]
+    return f"{table}\n\nNothing that was run here says anything on claim {', '.join(silent)}." if silent else table
 
 
 def _verdict(claim: Claim) -> str:

@@ -28,13 +28,15 @@ class Split:
 
     Args:
         pool (`list[dict]`): What may be trained on, shuffled.
-        target (`list[dict]`): Samples of the task, to localize and score by. Empty where the target is `ANY`.
+        target (`list[dict]`): Samples of the task, to localize by. Empty where the target is `ANY`.
+        samples (`list[dict]`): Those to score rows by: the same, or as many as the cell asks for, of which some are the same.
         validation (`dict[str, list[dict]]`), test (`dict[str, list[dict]]`): Held out, by task; the same for all seeds.
         passages (`list[str]`): Unrelated texts.
     """
 
     pool: list[Row]
     target: list[Row]
+    samples: list[Row]
     validation: dict[str, list[Row]]
     test: dict[str, list[Row]]
     passages: list[str]
@@ -46,7 +48,7 @@ def split(tasks: dict[str, list[Row]], cell: Cell, tested: list[str], sizes: Pro
 
     Args:
         tasks (`dict[str, list[dict]]`): All rows, by task, and the `passages`.
-        cell ([`Cell`]): Of it the setting and the target.
+        cell ([`Cell`]): Of it the setting, the target, and how many samples it scores rows by.
         tested (`list[str]`): The tasks to hold rows of out for the tests.
         sizes ([`Problem`]): How many rows of what.
         seed (`int`): The seed.
@@ -62,12 +64,16 @@ def split(tasks: dict[str, list[Row]], cell: Cell, tested: list[str], sizes: Pro
     validation = {name: tasks[name][sizes.test_rows : held_out] for name in tested}
     of_each: dict[str, list[Row]] = {}
     target: list[Row] = []
+    samples: list[Row] = []
     for name in names:
         rows = tasks[name][held_out:]
         rows = random.Random(f"{name} {seed}").sample(rows, len(rows))
         # of every task, so that a pool is the same whatever the target is
         if name == cell.target:
             target = rows[: sizes.target_rows]
+            count = cell.data.samples or len(target)
+            # more of them come from the far end: the pool is to stay the same
+            samples = target[:count] + rows[len(rows) - max(0, count - len(target)) :]
         of_each[name] = rows[sizes.target_rows :]
     wanted = dict.fromkeys(names, sizes.pool_rows)
     if cell.setting == "own":
@@ -83,7 +89,7 @@ def split(tasks: dict[str, list[Row]], cell: Cell, tested: list[str], sizes: Pro
             rows = _with_wrong_answers(rows, sizes.wrong, random.Random(f"wrong {name} {seed}"))
         pool += rows
     random.Random(f"pool {seed}").shuffle(pool)
-    made = Split(pool, target, validation, test, [row["text"] for row in tasks[PASSAGES][: sizes.passages]])
+    made = Split(pool, target, samples, validation, test, [row["text"] for row in tasks[PASSAGES][: sizes.passages]])
     _check_apart(made)
     return made
 
@@ -101,10 +107,11 @@ def _with_wrong_answers(rows: list[Row], share: float, generator: random.Random)
 
 def _check_apart(made: Split) -> None:
     held_out = {row["prompt"] for of_task in (made.test, made.validation) for rows in of_task.values() for row in rows}
-    for name, rows in (("pool", made.pool), ("target", made.target)):
+    samples = made.target + made.samples
+    for name, rows in (("pool", made.pool), ("target", samples)):
         if shared := held_out & {row["prompt"] for row in rows}:
             raise ValueError(f"{len(shared)} held-out prompts are in the {name}, first {sorted(shared)[0]!r}.")
-    if {row["prompt"] for row in made.target} & {row["prompt"] for row in made.pool}:
+    if {row["prompt"] for row in samples} & {row["prompt"] for row in made.pool}:
         raise ValueError("samples of the target are in the pool.")
 
 

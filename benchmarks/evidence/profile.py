@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,7 +14,7 @@ import yaml
 from localize import CHOICES
 
 from p2d_peft.heads.localize import LocalizeMethod
-from p2d_peft.selection.selector import ScorerName, has_features, needs_heads, scores_per_target
+from p2d_peft.selection.selector import ScorerName, has_features, needs_heads, needs_target, scores_per_target
 
 from .bigbench import POOLS
 
@@ -29,6 +30,7 @@ METHODS = (*get_args(LocalizeMethod), ALL_HEADS)
 PARTS = {"first": 0.33, "fifth": 0.2}
 # the scorers by whose features rows can be told to be alike
 WITH_FEATURES = tuple(filter(has_features, get_args(ScorerName)))
+_SAMPLES = re.compile(r"from(\d+)")
 # `heads-qo` leaves out the keys and values that a group of heads shares
 OF_HEADS = ("heads", "heads-qo")
 ADAPTERS = ("full", "lora-attention", "lora-all", "shira", *OF_HEADS)
@@ -47,6 +49,7 @@ class Data:
         robin (`bool`): Whether the target's samples take turns in picking rows, as P2DTrainer has it by default; else the
             best scores are kept.
         diverse (`bool`): Whether rows are picked against their likeness to those before them, of the best four times as many.
+        samples (`int`, *optional*): How many samples of the task rows are scored by, where not by the problem's `target_rows`.
         ratio (`float`): The share of the pool that is kept.
     """
 
@@ -55,11 +58,12 @@ class Data:
     part: str | None = None
     robin: bool = False
     diverse: bool = False
+    samples: int | None = None
     ratio: float = 0.1
 
     @classmethod
     def read(cls, text: str) -> Data:
-        """From `full`, or `SCORER[:HEADS][/PART][/robin][/diverse][@RATIO]`; the ratio is a tenth where there is none."""
+        """From `full`, or `SCORER[:HEADS][/PART][/robin][/diverse][/fromSAMPLES][@RATIO]`; the ratio is a tenth where there is none."""
         name, ratio = split_ratio(text)
         start, *options = name.split("/")
         scorer, _, heads = start.partition(":")
@@ -69,16 +73,18 @@ class Data:
             raise ValueError(f"data '{text}': '{scorer}' is neither 'full' nor one of {list(get_args(ScorerName))}.")
         else:
             part = next((part for part in PARTS if part in options), None)
-            made = cls(scorer, heads or None, part, "robin" in options, "diverse" in options, ratio)
+            samples = next((int(found[1]) for found in map(_SAMPLES.fullmatch, options) if found), None)
+            made = cls(scorer, heads or None, part, "robin" in options, "diverse" in options, samples, ratio)
             fits = needs_heads(scorer) == bool(heads) and (not heads or heads in METHODS)  # type: ignore[arg-type]
             fits = fits and (bool(heads) or not made.part)
             fits = fits and (scores_per_target(scorer) or not made.robin)  # type: ignore[arg-type]
             fits = fits and (scorer in WITH_FEATURES or not made.diverse)
+            fits = fits and (needs_target(scorer) or samples is None)  # type: ignore[arg-type]
             if not fits or str(made) != text:
                 raise ValueError(
-                    f"data '{text}': write SCORER[:HEADS][/PART][/robin][/diverse][@RATIO], with HEADS of {list(METHODS)} and "
-                    f"PART of {list(PARTS)} for scorers with heads, /robin for those that compare with the target's samples, and "
-                    f"/diverse for {list(WITH_FEATURES)}."
+                    f"data '{text}': write SCORER[:HEADS][/PART][/robin][/diverse][/fromSAMPLES][@RATIO], with HEADS of "
+                    f"{list(METHODS)} and PART of {list(PARTS)} for scorers with heads, /robin for those that compare with the "
+                    f"target's samples, /diverse for {list(WITH_FEATURES)}, and /fromSAMPLES for those that look at samples."
                 )
         return made
 
@@ -88,7 +94,8 @@ class Data:
         heads = f":{self.heads}" if self.heads else ""
         part = f"/{self.part}" if self.part else ""
         policies = "/robin" * self.robin + "/diverse" * self.diverse
-        return f"{self.scorer}{heads}{part}{policies}{_suffix(self.ratio)}"
+        samples = f"/from{self.samples}" if self.samples else ""
+        return f"{self.scorer}{heads}{part}{policies}{samples}{_suffix(self.ratio)}"
 
 
 @dataclass(frozen=True)
