@@ -499,8 +499,21 @@ def test_claims_of_which_nothing_was_run_are_left_out():
     for others in (None, evidence_of(SIDES)):
         text = page._claims(evidence, others)
         assert "| 2 | Data matter" in text and "Heads matter" not in text
-        assert text.endswith("\n\nNothing that was run here says anything on claim 1, 3, 4, 5.")
-    assert "on claim" not in page._claims(evidence_of(SIDES), None)
+        assert text.endswith("\n\nNothing that was run here says anything on the others of the 5 claims.")
+    assert "the others of" not in page._claims(evidence_of(SIDES), None)
+
+
+def test_what_more_samples_do_stands_beside_the_second_claim_and_does_not_decide_it():
+    evidence = evidence_of({**SIDES, claims.MORE_SAMPLES: (31, 8.0, 1.0)})
+    for side, right in ((claims.P2D, 10), (("random", claims.P2D[1]), 15), (claims.MORE_SAMPLES, 20)):
+        line = evidence_of({side: (right, 8.0, 1.0)}, targets="a").lines["mixed", "a", *side, 3]
+        evidence.lines["own", "a", *side, 3] = dataclasses.replace(line, setting="own")
+    claim = claims.judge(evidence)[1]
+    assert claim.verdict == claims.NOT_HELD
+    assert [figure.partition(" (")[0] for figure in claim.figures[-2:]] == [
+        "with 100 samples of the target, mixed pool: +40.0 points",
+        "with 100 samples of the target, own pool: +12.5 points",
+    ]
 
 
 def test_coupling_of_the_heads_that_are_trained_stands_beside_the_third_claim():
@@ -543,8 +556,8 @@ def test_what_the_defaults_were_chosen_among_is_judged_as_they_are():
         and text.count("| 8 | 0.200 | not held | not held |") == 1
     )
     assert (
-        "No arms are in the folder of `affinity:proxy/first/robin` with `heads:proxy/last`, `affinity:proxy` with `heads:proxy`."
-        in text
+        f"No arms are in the folder of `{claims.MORE_SAMPLES[0]}` with `heads:random/late`, `affinity:proxy/first/robin` with "
+        "`heads:proxy/last`, `affinity:proxy` with `heads:proxy`." in text
     )
 
 
@@ -676,7 +689,7 @@ def test_seconds_of_two_machines_are_not_compared():
     evidence = run_on(evidence_of(SIDES), other, (claims.FOUND[0], "heads:random/late"), 0, 1)
     # of one target: a mean over the others would be no mean over all
     table = page.readme_table(evidence)
-    assert "| `affinity:proxy/fifth/robin` | `heads:random/late` | 50.0 | 1.500 |  |" in table
+    assert "| `affinity:proxy/fifth/robin` | `heads:random/late` | 2 | 50.0 | 1.500 |  |" in table
 
 
 def test_seconds_of_heads_and_rows_that_were_found_elsewhere_are_not_compared(results, tmp_path):
@@ -814,7 +827,7 @@ def test_the_report(results, tmp_path):
     text = (tmp_path / "docs" / "results.md").read_text()
     n_tried = 2 * 2 + 2 + 2 + 2  # rates of heads, LoRA's one, one more cell's two, and the reference for two targets
     assert text.partition("learning rates that were tried")[2].count("| mixed |") == n_tried
-    assert "Heads matter" in text and "## One task in a mixed pool" in text
+    assert "Data matter" in text and "## One task in a mixed pool" in text
     # of other tasks than BIG-bench's there is no full profile
     assert "the rows are those of copy, count. A pool has 20 rows of each task;" in text and "not-run" not in text
     for picture in ("aer.svg", "stages.svg", "heads.svg"):
@@ -1294,10 +1307,21 @@ def test_a_page_says_what_its_verdicts_are_worth(tmp_path, monkeypatch):
     assert "other tasks" not in page._claims(evidence_of(SIDES), none)
     # and so do their numbers in the README
     tables = page.readme_tables(evidence_of(SIDES), beside)
-    assert tables.count("| `full` | `full` | 75.0 |") == tables.count("| `full` | `full` | 87.5 |") == 1
+    assert tables.count("| `full` | `full` | 2 | 75.0 |") == tables.count("| `full` | `full` | 2 | 87.5 |") == 1
     assert page.readme_tables(evidence_of(SIDES), none) == page.readme_table(evidence_of(SIDES))
     untimed = page.readme_table(evidence_of(SIDES, "accelerator", 4))
-    assert "AER" not in untimed and "| `full` | `full` | 75.0 | 1.000 | +0.000 |" in untimed
+    assert "AER" not in untimed and "| `full` | `full` | 2 | 75.0 | 1.000 | +0.000 |" in untimed
+
+
+def test_of_lines_with_fewer_seeds_the_readme_has_the_papers_alone():
+    few = ("affinity:proxy", "heads:proxy")
+    evidence = evidence_of({**SIDES, claims.PAPER: (12, 8.0, 1.0), few: (13, 8.0, 1.0)})
+    for key, line in evidence.lines.items():
+        if key[2:4] in (claims.PAPER, few) and key[1] == "b":
+            evidence.lines[key] = dataclasses.replace(line, tests={0: line.tests[0]}, results={0: line.results[0]})
+    table = page.readme_table(evidence)
+    assert "| `icl:proxy` | `heads:proxy` | 1 | 30.0 |" in table and "`affinity:proxy` |" not in table
+    assert f"| `{claims.P2D[0]}` | `{claims.P2D[1]}` | 2 | 75.0 |" in table
 
 
 def test_the_seeds_that_are_missing_are_counted(tmp_path):

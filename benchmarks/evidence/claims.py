@@ -18,6 +18,8 @@ from typing import Any
 
 from localize_report import difference_text, paired
 
+from p2d_peft import P2DConfig
+
 from .profile import ALL_HEADS, Parameters
 from .summary import REFERENCE, Comparison, Evidence, Line, Result, comparable, compare
 
@@ -26,8 +28,11 @@ P2D = ("affinity:random/fifth/robin", "heads:random/late")
 # the same with heads that are found by the paper's method
 FOUND = ("affinity:proxy/fifth/robin", "heads:proxy/late")
 LORA = (P2D[0], "lora-attention")
+# the same with as many samples of the target as P2DTrainer takes at most; a problem has fewer
+MORE_SAMPLES = (f"{P2D[0]}/from{P2DConfig.target_samples}", P2D[1])
 # what was tried beside it, and what it was before, the newest first
 VARIANTS = (
+    MORE_SAMPLES,
     FOUND,
     (FOUND[0], P2D[1]),
     ("affinity:proxy/first/robin", "heads:proxy/late"),
@@ -42,6 +47,8 @@ COUPLING_CONTROLS = ("affinity:random/fifth/robin", "affinity:all/fifth/robin")
 # By `FOUND` heads of the first layers score and heads of the later ones are trained. The paper's form: the same do both.
 SAME_HEADS = ("affinity:proxy", "heads:proxy")
 SAME_HEADS_CONTROLS = ("affinity:random", "affinity:all")
+# the whole of it: these heads score by attention, and the best scores are kept
+PAPER = ("icl:proxy", "heads:proxy")
 # a choice of the adapter's configuration, not of P2DConfig
 WITHOUT_KV = (FOUND[0], "heads-qo:proxy/late")
 EPOCHS = 3
@@ -162,6 +169,11 @@ def _data(evidence: Evidence) -> Claim:
     mixed = compare(evidence, P2D, drawn, epochs=EPOCHS)
     own = compare(evidence, P2D, drawn, setting="own", epochs=EPOCHS)
     figures = [_figure(name, found) for name, found in (("mixed pool", mixed), ("own pool", own)) if found]
+    beside = [
+        _figure(f"with {P2DConfig.target_samples} samples of the target, {setting} pool", found)
+        for setting in ("mixed", "own")
+        if (found := compare(evidence, MORE_SAMPLES, drawn, setting=setting, epochs=EPOCHS))
+    ]
     if own is None:
         figures.append("own pool: not run")
     else:
@@ -175,7 +187,8 @@ def _data(evidence: Evidence) -> Claim:
         if loss > 0:
             if mixed is not None and mixed.exact_match["mean"] >= LEAST_GAIN_OF_DATA:
                 figures.append("the first half holds, the second does not")
-            return Claim(text, NOT_HELD, figures)  # whatever the mixed pool says
+            return Claim(text, NOT_HELD, figures + beside)  # whatever the mixed pool says
+    figures += beside
     if mixed is None:
         return Claim(text, UNDECIDED, figures)
     verdict = _settled(mixed.exact_match["mean"] >= LEAST_GAIN_OF_DATA, len(mixed.of_targets))

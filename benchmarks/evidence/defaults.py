@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from p2d_peft import P2DConfig
 
-from .claims import EPOCHS, FOUND, P2D
+from .claims import EPOCHS, FOUND, MORE_SAMPLES, P2D
 from .summary import Comparison, Evidence, comparable, compare
 
 
@@ -71,10 +71,8 @@ def _heads(instead: str, share: str) -> list[Alternative]:
     return [Alternative("head_ratio", instead, side, (side[0], f"{side[1]}{share}")) for side in (P2D, TRIED)]
 
 
-def _samples(instead: str, count: str) -> Alternative:
-    return Alternative(
-        "target_samples", instead, (f"{P2D[0]}/from{P2DConfig.target_samples}", P2D[1]), (f"{P2D[0]}{count}", P2D[1])
-    )
+def _samples(instead: str, count: str, setting: str) -> Alternative:
+    return Alternative("target_samples", instead, MORE_SAMPLES, (f"{P2D[0]}{count}", P2D[1]), setting)
 
 
 def _ratio(instead: str, share: str) -> list[Alternative]:
@@ -115,8 +113,9 @@ ALTERNATIVES = (
     Alternative("round_robin", "turns, then `Diverse`", P2D, (f"{P2D[0]}/diverse", P2D[1]), "own"),
     Alternative("round_robin", "turns, then `Diverse`", P2D, (f"{P2D[0]}/diverse", P2D[1])),
     Alternative("round_robin", "`Diverse`", P2D, ("affinity:random/fifth/diverse", P2D[1]), "own"),
-    _samples("40, as in all other rows", ""),
-    _samples("10", "/from10"),
+    _samples("40, as in all other rows", "", "mixed"),
+    _samples("40, as in all other rows", "", "own"),
+    _samples("10", "/from10", "mixed"),
     *_ratio("a hundredth", "@0.01"),
     *_ratio("a twentieth", "@0.05"),
     *_ratio("three tenths", "@0.3"),

@@ -16,7 +16,7 @@ from p2d_peft.heads import HeadScores
 
 from . import bigbench, claims
 from .choose import HEADS
-from .claims import ALL_TARGETS, EPOCHS, HELD, NOT_HELD, P2D, Claim, coupling, judge, variants
+from .claims import ALL_TARGETS, EPOCHS, HELD, NOT_HELD, P2D, PAPER, Claim, coupling, judge, variants
 from .compare import compare
 from .defaults import TRIED, measured
 from .profile import ANY, Parameters, Profile
@@ -79,7 +79,7 @@ def page(evidence: Evidence, results: Path, pictures: list[str], others: Evidenc
         f"benchmarks/run_evidence.py report` from the files in `{_folder(results)}`, one for each training; {evidence.arms} so far. {_to_rerun(evidence, results)}",
         "Rows are named by what chooses them: `SCORER:HEADS`, `/fifth` or `/first` where only heads of the first fifth or third "
         "of the layers score, `/robin` where the target's samples take turns, `/diverse` where rows are picked against their likeness to those picked before, `/from10` where they are scored by so many of the target's samples. Weights are named by what is trained: "
-        f"`heads:METHOD`, `/late` or `/last` for heads of the last two thirds or the last third, `-groups` for one at most of those that share keys and values, `heads-qo` without keys and values; `{P2D[0]}` with `{P2D[1]}` is what `P2DTrainer` does by default. `@` is a share other "
+        f"`heads:METHOD`, `/late` or `/last` for heads of the last two thirds or the last third, `-groups` for one at most of those that share keys and values, `heads-qo` without keys and values; `{P2D[0]}` with `{P2D[1]}` is what `P2DTrainer` does by default where it is given {problem['target_rows']} samples of the target; of more it takes {P2DConfig.target_samples} at most. `@` is a share other "
         "than a tenth.",
         f"The model is {evidence.settings['model']}, the rows are {_source(evidence)}. {_pools(evidence)}; heads and rows are chosen with {problem['target_rows']} samples of the target that are not in it, the "
         f"learning rate with {problem['validation_rows']} held-out rows and the first seed, and tested are "
@@ -257,8 +257,9 @@ def _claims(evidence: Evidence, others: Evidence | None) -> str:
         for row in rows:
             row.insert(3, _verdict(of_others[int(row[0]) - 1]))
     table = _markdown(header, rows)
-    silent = [str(number) for number, claim in enumerate(judged, 1) if not claim.figures]
-    return f"{table}\n\nNothing that was run here says anything on claim {', '.join(silent)}." if silent else table
+    if len(rows) == len(judged):
+        return table
+    return f"{table}\n\nNothing that was run here says anything on the others of the {len(judged)} claims."
 
 
 def _verdict(claim: Claim) -> str:
@@ -631,13 +632,20 @@ def readme_tables(evidence: Evidence, others: Evidence | None) -> str:
 
 
 def readme_table(evidence: Evidence) -> str:
-    """The short table: means over the targets of the mixed pool that all of its lines have."""
+    """The short table, of the paper's form and what has as many seeds as our line: means over the targets of the mixed pool."""
     sides: dict[tuple[str, str], dict[str, Line]] = {}
     for line in evidence.lines.values():
         if line.setting == "mixed" and line.epochs == EPOCHS and "@" not in line.data + line.parameters:
             sides.setdefault((line.data, line.parameters), {})[line.target] = line
     ours = sides.get(P2D, {})
-    full = {side: lines for side, lines in sides.items() if set(lines) >= set(ours)}
+    seeds = {
+        side: [len(lines[target].tests) for target in ours] for side, lines in sides.items() if set(lines) >= set(ours)
+    }
+    full = {
+        side: sides[side]
+        for side, counts in seeds.items()
+        if side == PAPER or all(count >= least for count, least in zip(counts, seeds[P2D], strict=True))
+    }
     rows = []
     for side in sorted(full, key=lambda side: (side != P2D, -_mean(full[side], ours, "exact_match"))):
         lines = [full[side][target] for target in ours]
@@ -646,16 +654,17 @@ def readme_table(evidence: Evidence) -> str:
             [
                 f"`{side[0]}`",
                 f"`{side[1]}`",
+                str(min(seeds[side])),
                 _percent(_mean(full[side], ours, "exact_match")),
                 f"{_mean(full[side], ours, 'nll'):.3f}",
                 f"{sum(aers) / len(aers):.3f}" if len(aers) == len(lines) else "",
                 f"{sum(evidence.forgotten(line) for line in lines) / len(lines):+.3f}",
             ]
         )
-    header = ["rows chosen by", "weights trained", "exact match", "NLL", "AER", "forgetting"]
-    if not any(row[4] for row in rows):
-        header.pop(4)
-        rows = [row[:4] + row[5:] for row in rows]
+    header = ["rows chosen by", "weights trained", "seeds", "exact match", "NLL", "AER", "forgetting"]
+    if not any(row[5] for row in rows):
+        header.pop(5)
+        rows = [row[:5] + row[6:] for row in rows]
     return f"Means over {', '.join(f'`{target}`' for target in sorted(ours))}:\n\n{_markdown(header, rows)}"
 
 
