@@ -16,7 +16,7 @@ from p2d_peft.heads import HeadScores
 
 from . import bigbench, claims
 from .choose import HEADS
-from .claims import ALL_TARGETS, EPOCHS, HELD, NOT_HELD, P2D, PAPER, Claim, coupling, judge, variants
+from .claims import ALL_TARGETS, EPOCHS, HELD, MORE_SAMPLES, NOT_HELD, P2D, PAPER, Claim, coupling, judge, variants
 from .compare import compare
 from .defaults import TRIED, measured
 from .profile import ANY, Parameters, Profile
@@ -282,7 +282,8 @@ def _chosen_by(evidence: Evidence) -> str:
             "`bm25/robin`. (Profile and first results came in one commit, so that the order has to be taken on trust.) No default was "
             "chosen by these tasks, but for one: that heads are drawn was decided when found heads had been no better on the first tasks, nor on "
             f"these. So what holds here of found heads holds on tasks that nobody had looked at; the arms of `{P2D[0]}` with `{P2D[1]}` were "
-            "added when its halves had been seen here beside found heads, and before they were seen together. "
+            "added when its halves had been seen here beside found heads, and before they were seen together, and those of "
+            f"`{MORE_SAMPLES[0]}` when more samples had been seen to teach more on the first tasks. "
             f"{_seeds_so_far(evidence, planned)} The two sides of a pair may be of different machines and versions."
         )
     return ""
