@@ -1013,6 +1013,21 @@ def a_cell(setting, target="copy", data="affinity:proxy", parameters="heads:prox
     return profile.Cell(setting, target, profile.Data.read(data), profile.Parameters.read(parameters), 3)
 
 
+def options_of_selectors(monkeypatch):
+    """What the selectors are made with from now on, which choose the first row."""
+    asked = []
+
+    class Selector:
+        def __init__(self, model, tokenizer, **options):
+            asked.append(options)
+
+        def select(self, pool):
+            self.rows, self.scores = [0], torch.zeros(len(pool))
+
+    monkeypatch.setattr(choose, "P2DDataSelector", Selector)
+    return asked
+
+
 @pytest.mark.parametrize("setting", profile.SETTINGS)
 def test_no_held_out_row_is_in_the_pool_or_the_target(setting):
     made = [problem.split(tiny_tasks(), a_cell(setting), ["copy"], sizes(), seed) for seed in (0, 1, 0)]
@@ -1054,18 +1069,9 @@ def test_rows_may_be_scored_by_fewer_or_more_samples(count, tmp_path, monkeypatc
     chooser = choose.Chooser(
         tmp_path, tiny_model, tiny_tokenizer(), tiny_arguments(tmp_path), nullcontext, batch_size=8
     )
-    targets = []
-
-    class Selector:
-        def __init__(self, model, tokenizer, target, **options):
-            targets.append(target)
-
-        def select(self, pool):
-            self.rows, self.scores = [0], torch.zeros(len(pool))
-
-    monkeypatch.setattr(choose, "P2DDataSelector", Selector)
+    asked = options_of_selectors(monkeypatch)
     chooser.rows(made, cells[1], 0)
-    assert targets[0]["prompt"] == [row["prompt"] for row in made.samples]
+    assert asked[0]["target"]["prompt"] == [row["prompt"] for row in made.samples]
 
 
 def test_samples_that_are_in_the_pool_are_told_of():
@@ -1129,16 +1135,7 @@ def test_a_cell_says_how_heads_and_rows_are_chosen(tmp_path, monkeypatch):
         tmp_path, lambda: model, tiny_tokenizer(), tiny_arguments(tmp_path), nullcontext, batch_size=8
     )
     made = problem.split(tiny_tasks(), a_cell("mixed"), ["copy"], sizes(), 0)
-    asked = []
-
-    class Selector:
-        def __init__(self, model, tokenizer, **options):
-            asked.append(options)
-
-        def select(self, pool):
-            self.rows, self.scores = [0], torch.zeros(len(pool))
-
-    monkeypatch.setattr(choose, "P2DDataSelector", Selector)
+    asked = options_of_selectors(monkeypatch)
     chooser.rows(made, a_cell("mixed", data="affinity:proxy/fifth/robin@0.3"), 3)
     chooser.rows(made, a_cell("mixed", data="gradient:gain"), 3)
     chooser.rows(made, a_cell("mixed", data="affinity:all/first"), 3)

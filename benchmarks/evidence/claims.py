@@ -174,25 +174,27 @@ def _data(evidence: Evidence) -> Claim:
         for setting in ("mixed", "own")
         if (found := compare(evidence, MORE_SAMPLES, drawn, setting=setting, epochs=EPOCHS))
     ]
-    if own is None:
-        figures.append("own pool: not run")
-    else:
-        sides = [evidence.lines["own", name, *side, EPOCHS] for name in own.of_targets for side in (P2D, drawn)]
-        by_nll = not any(line.mean("exact_match") for line in sides)
-        loss = own.nll["mean"] if by_nll else -own.exact_match["mean"]  # by the mean, as claim 5
-        if by_nll:
-            figures.append("own pool: neither side has an answer that is right to the token, so NLL decides")
-        elif loss > 0 and own.exact_match["high"] >= 0:
-            figures.append("own pool: the mean is worse, though the interval holds zero")
-        if loss > 0:
-            if mixed is not None and mixed.exact_match["mean"] >= LEAST_GAIN_OF_DATA:
-                figures.append("the first half holds, the second does not")
-            return Claim(text, NOT_HELD, figures + beside)  # whatever the mixed pool says
+    worse, remarks = _worse_in_own_pool(evidence, own) if own else (False, ["own pool: not run"])
+    figures += remarks
+    if worse and mixed is not None and mixed.exact_match["mean"] >= LEAST_GAIN_OF_DATA:
+        figures.append("the first half holds, the second does not")
     figures += beside
+    if worse:
+        return Claim(text, NOT_HELD, figures)  # whatever the mixed pool says
     if mixed is None:
         return Claim(text, UNDECIDED, figures)
     verdict = _settled(mixed.exact_match["mean"] >= LEAST_GAIN_OF_DATA, len(mixed.of_targets))
     return Claim(text, UNDECIDED if verdict == HELD and own is None else verdict, figures)
+
+
+def _worse_in_own_pool(evidence: Evidence, own: Comparison) -> tuple[bool, list[str]]:
+    """Whether our side is worse by the mean, as in claim 5, and what is to be said of that."""
+    sides = [evidence.lines["own", name, *side, EPOCHS] for name in own.of_targets for side in (own.ours, own.theirs)]
+    if not any(line.mean("exact_match") for line in sides):
+        return own.nll["mean"] > 0, ["own pool: neither side has an answer that is right to the token, so NLL decides"]
+    worse = own.exact_match["mean"] < 0
+    open_ = worse and own.exact_match["high"] >= 0
+    return worse, ["own pool: the mean is worse, though the interval holds zero"] * open_
 
 
 def _coupling(evidence: Evidence) -> Claim:

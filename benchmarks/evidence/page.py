@@ -249,17 +249,16 @@ def _claims(evidence: Evidence, others: Evidence | None) -> str:
     rows = [
         [str(number), claim.text, _verdict(claim), "<br>".join(claim.figures)]
         for number, claim in enumerate(judged, 1)
-        if claim.figures
     ]
     if others is not None:
         header.insert(3, f"on [other tasks]({OTHERS_PAGE})")
-        of_others = judge(others)
-        for row in rows:
-            row.insert(3, _verdict(of_others[int(row[0]) - 1]))
-    table = _markdown(header, rows)
-    if len(rows) == len(judged):
+        for row, claim in zip(rows, judge(others), strict=True):
+            row.insert(3, _verdict(claim))
+    there = [row for row, claim in zip(rows, judged, strict=True) if claim.figures]
+    table = _markdown(header, there)
+    if len(there) == len(rows):
         return table
-    return f"{table}\n\nNothing that was run here says anything on the others of the {len(judged)} claims."
+    return f"{table}\n\nNothing that was run here says anything on the others of the {len(rows)} claims."
 
 
 def _verdict(claim: Claim) -> str:
